@@ -1,0 +1,510 @@
+"""Soft Thinking: a language model that thinks in concept tokens (Zhang et al., arXiv 2505.15778).
+
+    python soft_thinking.py --model qwen2.5-7b --question "What is 17 * 24?"
+
+Instead of one sampled token, each thinking step feeds back the expectation of the next token's embedding:
+
+    p    = softmax(logits / tau)                     distribution over the vocabulary          section 3.1
+    ct   = p, truncated and renormalised             the concept token                         definition 1
+    e~   = sum_k ct[k] e(k)                          the next input embedding                  eq. 2
+    H(p) = -sum_k p[k] log p[k] < tau_H              for k steps in a row: Cold Stop           section 3.3
+    answer: ordinary sampling after </think>
+
+The truncation's order (top-k, top-p, min-p, max-topk, each renormalised) is the official code's; the paper only says
+top-n.  Baselines of the paper's table: `--method cot` (the same settings, discrete tokens) and `--method greedy`.
+Stochastic variants (arXiv 2508.03440): `--noise gumbel` and `--noise dirichlet`.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import resource
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, fields
+from typing import get_args
+
+import numpy as np
+import torch
+from tokenizers.decoders import DecodeStream
+from torch import Tensor
+
+from model import Request, Tokenizer, Transformer, UserError, decode, embed_prompt, load
+
+# ----------------------------------------------------------------------------------------------------------- settings
+
+
+def flag(default, help: str, **options):
+    return field(default=default, metadata={"help": help, **options})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that changes what is generated, but for the seed.  Each field is a flag.  ValueError for nonsense."""
+
+    method: str = flag("soft", "soft: concept tokens; cot: sampled tokens; greedy: argmax", choices=("soft", "cot", "greedy"))
+    temperature: float = flag(0.6, "tau of the thinking phase")
+    top_k: int = flag(30, "keep this many most probable tokens (0: all)")
+    top_p: float = flag(0.95, "then the smallest set with this mass")
+    min_p: float = flag(0.001, "then those with at least this share of the largest probability")
+    max_topk: int = flag(10, "n: then at most this many make the concept token (paper: 5 to 20)")
+    cold_stop: bool | None = flag(None, "end thinking when the model has become sure (default: on for soft, else off)")
+    cold_stop_entropy: float = flag(0.01, "tau_H: entropy in nats that counts as sure (paper: 0 to 0.1)")
+    cold_stop_steps: int = flag(256, "k: that many sure steps in a row stop it (paper: 256 to 1024)")
+    noise: str | None = flag(None, "stochastic concept tokens (arXiv 2508.03440)", choices=("gumbel", "dirichlet"))
+    gumbel_temperature: float = flag(0.5, "tau_g of softmax((log ct + g) / tau_g)")
+    dirichlet_alpha: float = flag(1.0, "alpha of Dirichlet(alpha ct): larger is closer to ct")
+    answer_temperature: float | None = flag(None, "temperature of the answer phase (default: as while thinking)")
+    answer_top_k: int | None = flag(None, "top-k of the answer phase (default: as while thinking)")
+    answer_top_p: float | None = flag(None, "top-p of the answer phase (default: as while thinking)")
+    answer_min_p: float | None = flag(None, "min-p of the answer phase (default: as while thinking)")
+    max_new_tokens: int = flag(32768, "thinking and answer together; the context window ends it too")
+
+    def __post_init__(self):
+        for name in ("cold_stop", "answer_temperature", "answer_top_k", "answer_top_p", "answer_min_p"):
+            if getattr(self, name) is None:
+                default = self.method == "soft" if name == "cold_stop" else getattr(self, name.removeprefix("answer_"))
+                object.__setattr__(self, name, default)
+        for prefix in ("", "answer_"):
+            check_truncation(*(getattr(self, prefix + name) for name in ("temperature", "top_k", "top_p", "min_p")), prefix)
+        for name, low in (("max_topk", 1), ("cold_stop_entropy", 0), ("cold_stop_steps", 1), ("max_new_tokens", 1)):
+            if not getattr(self, name) >= low:
+                raise ValueError(f"{name} must be at least {low}, not {getattr(self, name)}")
+        for name in ("gumbel_temperature", "dirichlet_alpha"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
+        if self.noise and self.method != "soft":
+            raise ValueError(f"noise changes concept tokens: it needs method soft, not {self.method}")
+
+
+def check_truncation(temperature: float, top_k: int, top_p: float, min_p: float, prefix: str = "") -> None:
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"{prefix}temperature must be above 0, not {temperature} (for argmax use method greedy)")
+    if top_k < 0:
+        raise ValueError(f"{prefix}top_k must be at least 1, or 0 for all tokens, not {top_k}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"{prefix}top_p must be above 0 and at most 1, not {top_p}")
+    if not 0 <= min_p <= 1:
+        raise ValueError(f"{prefix}min_p must be between 0 and 1, not {min_p}")
+
+
+# ----------------------------------------------------------------------------------------------------- concept tokens
+
+
+def truncated(logits: Tensor, temperature: float, top_k: int, top_p: float, min_p: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Top-k, then top-p, then min-p, each renormalised.
+
+    logits [B, V] -> ids [B, K] by falling probability, probs [B, K] that sum to 1 (0 where cut off), and the entropy
+    [B] in nats of softmax(logits / temperature) over the whole vocabulary.  K = top_k, or V where top_k is 0.
+    """
+    p = torch.softmax(logits / temperature, dim=-1)
+    # Summed in float64, so that the order of summation, which depends on the batch, does not show.
+    entropy = torch.special.entr(p).sum(-1, dtype=torch.float64).float()
+    p, ids = p.topk(min(top_k or p.shape[-1], p.shape[-1]))
+    p = p / p.sum(-1, keepdim=True)
+    if top_p < 1:  # a token stays when the ones before it have not reached the mass
+        p = p * (p.cumsum(-1) - p < top_p)
+        p = p / p.sum(-1, keepdim=True)
+    p = p * (p >= min_p * p[:, :1])
+    return ids, p / p.sum(-1, keepdim=True), entropy
+
+
+def concept_token(logits: Tensor, temperature: float = 0.6, top_k: int = 30, top_p: float = 0.95, min_p: float = 0.001,
+                  max_topk: int = 10) -> tuple[Tensor, Tensor, Tensor]:
+    """The concept token ct of each row (definition 1) and the entropy H(p) that Cold Stop watches.
+
+    logits float [B, V] -> ids LongTensor [B, n] by falling probability, probs float [B, n] that sum to 1 (0 where
+    fewer than n remain), entropy float [B] in nats, taken before truncation.  n = min(max_topk, top_k, V); top_k = 0
+    keeps all.  ValueError for a temperature, top_k, top_p, min_p or max_topk out of range.
+    """
+    check_truncation(temperature, top_k, top_p, min_p)
+    if max_topk < 1:
+        raise ValueError(f"max_topk must be at least 1, not {max_topk}")
+    ids, probs, entropy = truncated(logits, temperature, top_k, top_p, min_p)
+    probs = probs[:, :max_topk]
+    return ids[:, :max_topk], probs / probs.sum(-1, keepdim=True), entropy
+
+
+def concept_embedding(embedding_weight: Tensor, ids: Tensor, probs: Tensor) -> Tensor:
+    """The next input embedding, e~ = sum_k ct[k] e(k) (eq. 2), summed in float32 (probs' dtype).
+
+    embedding_weight [V, d], ids [B, n], probs float32 [B, n] -> [B, d] in embedding_weight's dtype.
+    """
+    return (embedding_weight[ids] * probs[..., None]).sum(-2).to(embedding_weight.dtype)
+
+
+def draw(ids: Tensor, probs: Tensor, u: Tensor) -> Tensor:
+    """Ordinary sampling by inverting the distribution function: ids, probs [B, K], u [B] uniform on [0, 1) -> [B]."""
+    mass = probs.cumsum(-1)
+    index = (mass < u[:, None] * mass[:, -1:]).sum(-1)
+    return ids.gather(-1, index[:, None])[:, 0]
+
+
+# -------------------------------------------------------------------------------------------- the end of thinking, as text
+
+
+THINK, END = "<think>", "</think>"
+INSTRUCTION = f"Reason step by step between {THINK} and {END}. After {END}, give the final answer."
+
+
+def build_prompt(tokenizer: Tokenizer, question: str) -> str:
+    """The chat with thinking opened.
+
+    A reasoning model knows the tags as tokens and is given the question alone; an instruct model is told about them.
+    """
+    knows = tokenizer.core.token_to_id(END) is not None
+    # Some Llama templates print today's date; a fixed one keeps a run repeatable.
+    text = tokenizer.render(question if knows else f"{question}\n\n{INSTRUCTION}", date_string="26 Jul 2024")
+    return text if text.rstrip().endswith(THINK) else text + THINK + "\n"
+
+
+def marker_automaton(tokenizer: Tokenizer, vocab_size: int) -> Tensor:
+    """Recognises </think> in a stream of tokens: uint8 [len(END), V], next = table[matched, id].
+
+    `matched` counts the characters of </think> that the text ends with; len(END) means that it has been completed, be
+    it by one token, by several (`</`, `think`, `>`), or by one that runs past it (`>\\n\\n`).
+    """
+    table = torch.zeros(len(END), vocab_size, dtype=torch.uint8)
+    if (end := tokenizer.core.token_to_id(END)) is not None:
+        table[:, end] = len(END)
+        return table
+    for token, i in tokenizer.core.get_vocab().items():  # the pieces' own spelling: ASCII stands for itself in it
+        if i >= vocab_size:
+            continue
+        if "<" in token:  # </think> may begin in this token: it has no other "<", so only the last one counts
+            tail = token[token.rindex("<"):]
+            if END in token or END.startswith(tail):
+                table[:, i] = len(END) if END in token else len(tail)
+        for matched in range(1, len(END)):
+            rest = END[matched:]
+            if token.startswith(rest):
+                table[matched, i] = len(END)
+            elif rest.startswith(token):
+                table[matched, i] = matched + len(token)
+    return table
+
+
+# ------------------------------------------------------------------------------------------------------ the method
+
+
+class SoftThinking:
+    """What `decode` asks at each step: logits in, next embeddings out.  All state is per row and on the device.
+
+    A row thinks until </think> has been fed, whether the model came to it or Cold Stop forced it; then it answers until
+    an end-of-sequence token, which ends the row at any time.  The discrete baselines differ in one line.
+    """
+
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, settings: Settings, rows: int, trace: bool = False,
+                 watch: Callable | None = None):
+        self.model, self.settings, self.trace, self.watch = model, settings, trace, watch
+        device, N = model.embed.weight.device, min(settings.max_new_tokens, model.config.context)
+        n = min(settings.max_topk, settings.top_k or settings.max_topk, model.config.vocab_size)
+        self.automaton = marker_automaton(tokenizer, model.config.vocab_size).to(device)
+        self.marker = torch.tensor(tokenizer.encode(END), device=device)
+        self.eos = torch.tensor(model.config.eos_ids, device=device)
+        self.requests: list[Request | None] = [None] * rows
+        self.rngs: list[np.random.Generator | None] = [None] * rows
+        self.started = [0.0] * rows
+
+        def per_row(*shape: int, dtype=torch.long) -> Tensor:
+            return torch.zeros(rows, *shape, dtype=dtype, device=device)
+
+        self.t = per_row()  # tokens so far
+        self.limit = per_row()  # tokens at most
+        self.thinking = per_row(dtype=torch.bool)
+        self.thought = per_row()  # tokens fed while thinking, </think> included
+        self.calm = per_row()  # steps in a row with H < tau_H
+        self.forced = per_row()  # tokens of </think> that Cold Stop has fed
+        self.matched = per_row()  # characters of </think> at the end of the thought
+        self.tokens = per_row(N)  # most probable component, or token, of each step
+        self.u = per_row(N, dtype=torch.float32)  # the uniform draw of each step
+        self.state = [self.t, self.limit, self.thinking, self.thought, self.calm, self.forced, self.matched, self.tokens, self.u]
+        if settings.noise == "gumbel":
+            self.g = per_row(N, n, dtype=torch.float32)
+            self.state.append(self.g)
+        if trace:
+            self.steps = (per_row(N, dtype=torch.float32), per_row(N, n), per_row(N, n, dtype=torch.float32))
+            self.state.extend(self.steps)
+
+    def begin(self, row: int, request: Request) -> None:
+        s, N = self.settings, self.tokens.shape[1]
+        self.requests[row], self.started[row] = request, time.perf_counter()
+        # All of a row's randomness comes from its own generator: neighbours, order and batch size do not enter.
+        rng = self.rngs[row] = np.random.default_rng(request.data.seeds)
+        self.u[row] = torch.from_numpy(rng.random(N, dtype=np.float32))
+        if s.noise == "gumbel":
+            self.g[row] = torch.from_numpy(rng.gumbel(size=self.g.shape[1:]))
+        self.limit[row] = min(s.max_new_tokens, self.model.config.context - len(request.embeds))
+        for counter in (self.t, self.thought, self.calm, self.forced, self.matched):
+            counter[row] = 0
+        self.thinking[row] = True
+
+    def step(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """float32 [n, V] -> next embeddings [n, d], finished rows [n]."""
+        s, n = self.settings, len(logits)
+        rows = torch.arange(n, device=logits.device)
+        t, thinking = self.t[:n].clone(), self.thinking[:n].clone()
+        kept_ids, kept, H = truncated(logits, s.temperature, s.top_k, s.top_p, s.min_p)
+        ids, ct = kept_ids[:, : s.max_topk], kept[:, : s.max_topk]
+        ct = ct / ct.sum(-1, keepdim=True)
+        if s.noise == "gumbel":
+            ct = torch.softmax((ct.log() + self.g[rows, t]) / s.gumbel_temperature, dim=-1)
+        elif s.noise == "dirichlet":  # a Dirichlet draw is normalised Gamma draws; each row has its own generator
+            gamma = [rng.standard_gamma(s.dirichlet_alpha * c) for rng, c in zip(self.rngs, ct.double().cpu().numpy())]
+            ct = torch.tensor(np.stack(gamma), device=ct.device)
+            ct = (ct / ct.sum(-1, keepdim=True)).float()
+
+        # The token of this step: of a concept token its most probable component.
+        u = self.u[rows, t]
+        if s.method == "greedy":
+            token = kept_ids[:, 0]
+        else:
+            answer = (s.answer_temperature, s.answer_top_k, s.answer_top_p, s.answer_min_p)
+            if answer == (s.temperature, s.top_k, s.top_p, s.min_p):
+                spoken = draw(kept_ids, kept, u)
+            else:
+                spoken = draw(*truncated(logits, *answer)[:2], u)
+            thought = ids.gather(-1, ct.argmax(-1, keepdim=True))[:, 0] if s.method == "soft" else draw(kept_ids, kept, u)
+            token = torch.where(thinking, thought, spoken)
+        matched = self.automaton[self.matched[:n], token].long()
+        by_itself = thinking & (matched == len(END))
+
+        # Cold Stop: after k sure steps feed </think> instead, token by token where the model has no single one.
+        calm = torch.where(H < s.cold_stop_entropy, self.calm[:n] + 1, 0)
+        forced = self.forced[:n]
+        if s.cold_stop:
+            force = thinking & ~by_itself & ((calm >= s.cold_stop_steps) | (forced > 0))
+            token = torch.where(force, self.marker[forced.clamp(max=len(self.marker) - 1)], token)
+            forced = forced + force
+        else:
+            force = torch.zeros_like(thinking)
+        ended = by_itself | (force & (forced == len(self.marker)))
+
+        # What is fed.  A discrete token is a concept token of one component.
+        if s.method == "soft":
+            discrete = (~thinking | by_itself | force)[:, None]
+            one = torch.zeros_like(ct)
+            one[:, 0] = 1
+            embeds = concept_embedding(self.model.embed.weight, torch.where(discrete, token[:, None], ids),
+                                       torch.where(discrete, one, ct))
+        else:
+            embeds = self.model.embed(token)
+
+        self.tokens[rows, t] = token
+        if self.trace:
+            for buffer, value in zip(self.steps, (H, ids, ct)):
+                buffer[rows, t] = value
+        self.t[:n] = t + 1
+        self.thought[:n] += thinking
+        self.thinking[:n] = thinking & ~ended
+        self.calm[:n], self.forced[:n], self.matched[:n] = calm, forced, torch.where(thinking & ~ended, matched, 0)
+        if self.watch:
+            self.watch(token[0], thinking[0], ids[0], ct[0])
+        eos = (token[:, None] == self.eos).any(-1) & ~force
+        return embeds, eos | (t + 1 >= self.limit[:n])
+
+    def move(self, from_row: int, to_row: int) -> None:
+        for x in (*self.state, self.requests, self.rngs, self.started):
+            x[to_row] = x[from_row]
+
+    def end(self, row: int) -> dict:
+        """The row's part of a record: ids, counts, and why it stopped."""
+        job, t, thought = self.requests[row].data, int(self.t[row]), int(self.thought[row])
+        tokens = self.tokens[row, :t].tolist()
+        eos = tokens[-1] in self.model.config.eos_ids
+        if bool(self.forced[row] == len(self.marker)):
+            stopped_by = "cold_stop"
+        else:  # the model itself ends its thought: by </think>, or by an end-of-sequence token without it
+            stopped_by = "length" if self.thinking[row] and not eos else "think_end"
+        record = {"job": job, "thought_ids": tokens[:thought], "answer_ids": tokens[thought:], "stopped_by": stopped_by,
+                  "finish_reason": "stop" if eos else "length", "thought_tokens": thought, "answer_tokens": t - thought,
+                  "seconds": time.perf_counter() - self.started[row]}
+        if self.trace:
+            entropy, ids, probs = (x[row, :thought].tolist() for x in self.steps)
+            record["steps"] = [{"entropy": h, "ids": [i for i, p in zip(ii, pp) if p > 0], "probs": [p for p in pp if p > 0]}
+                               for h, ii, pp in zip(entropy, ids, probs)]
+        return record
+
+
+@dataclass(frozen=True)
+class Job:
+    """One sample of one question."""
+
+    index: int
+    question: str
+    prompt: str
+    sample: int
+    seeds: tuple[int, ...]
+
+
+def think(model: Transformer, tokenizer: Tokenizer, questions: list[str], settings: Settings = Settings(), seed: int = 0,
+          samples: list[int] | None = None, batch_size: int = 16, trace: bool = False,
+          watch: Callable | None = None) -> Iterator[tuple[int, dict]]:
+    """Answer questions; yields (index into questions, record) as each is finished.
+
+    samples[i] numbers the sample that is wanted of questions[i] (default 0): name a question several times for several.
+    What comes out depends on seed, question, sample number and settings, not on what else is asked or on batch_size.
+    A record holds question, prompt, method, settings, seed, sample, thought_ids, thought_text, answer_ids, answer_text,
+    stopped_by ("think_end" | "cold_stop" | "length"), finish_reason ("stop" | "length"), thought_tokens, answer_tokens
+    (the end-of-sequence token counted), seconds, and with trace: steps, one {entropy, ids, probs} per thinking step.
+    watch(token, thinking, ids, probs) is called at every step with row 0's, as tensors.
+    UserError for an empty question, or a prompt that is longer than the context window.
+    """
+    requests: deque[Request] = deque()
+    embeds: dict[str, Tensor] = {}  # samples of one question share the tensor, hence the prefill
+    for index, (question, sample) in enumerate(zip(questions, samples or [0] * len(questions))):
+        if not question.strip():
+            raise UserError("the question is empty: pass --question TEXT")
+        prompt = build_prompt(tokenizer, question)
+        if prompt not in embeds:
+            embeds[prompt] = embed_prompt(model, tokenizer.encode(prompt))
+        seeds = (seed, int.from_bytes(hashlib.sha256(question.encode()).digest()[:8], "little"), sample)
+        requests.append(Request(embeds[prompt], Job(index, question, prompt, sample, seeds)))
+    rows = min(batch_size, len(requests))
+    for part in decode(model, requests, SoftThinking(model, tokenizer, settings, rows, trace, watch), rows):
+        job = part.pop("job")
+        thought, spoken = ([i for i in part[ids] if i not in model.config.eos_ids] for ids in ("thought_ids", "answer_ids"))
+        yield job.index, {
+            "question": job.question, "prompt": job.prompt, "method": settings.method, "settings": asdict(settings),
+            "seed": seed, "sample": job.sample, "thought_ids": part["thought_ids"],
+            "thought_text": tokenizer.decode(thought).split(END)[0].strip(), "answer_ids": part["answer_ids"],
+            "answer_text": tokenizer.decode(spoken).strip(), **part}
+
+
+# ---------------------------------------------------------------------------------------------------- the terminal view
+
+
+class View:
+    """Streams one sample: the thought as its most probable tokens, alternatives where the concept token is spread."""
+
+    MATTERS = 0.1  # an alternative is shown from this probability on
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer, self.out, self.was_thinking = tokenizer, sys.stdout, True
+        colour = self.out.isatty() and not os.environ.get("NO_COLOR")
+        self.dim, self.bold, self.plain = ("\033[2m", "\033[1m", "\033[0m") if colour else ("", "", "")
+        self.stream = DecodeStream(skip_special_tokens=True)
+        print(f"{self.bold}{THINK}{self.plain}", file=self.out)
+
+    def __call__(self, token: Tensor, thinking: Tensor, ids: Tensor, probs: Tensor) -> None:
+        if self.was_thinking and not thinking:
+            self.was_thinking, self.stream = False, DecodeStream(skip_special_tokens=True)
+            print(f"{self.bold}{self.plain}", file=self.out)
+        text = self.stream.step(self.tokenizer.core, int(token)) or ""  # a character may need several tokens
+        self.out.write(text)
+        if thinking:
+            others = [(p, i) for p, i in zip(probs.tolist(), ids.tolist()) if p >= self.MATTERS and i != int(token)]
+            if others:
+                said = ", ".join(f"{self.tokenizer.decode([i])!r} {p:.2f}" for p, i in sorted(others, reverse=True))
+                self.out.write(f"{self.dim}[{said}]{self.plain}")
+        self.out.flush()
+
+
+WHY = {"think_end": "ended by the model", "cold_stop": "ended by Cold Stop", "length": "cut by the length"}
+
+
+def summary(record: dict, device: torch.device) -> str:
+    """One line: how long it thought, why it stopped, how long it answered, how fast, with how much memory."""
+    tokens = record["thought_tokens"] + record["answer_tokens"]
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+    else:  # kilobytes on Linux, bytes on macOS
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return (f"{record['thought_tokens']} thinking tokens ({WHY[record['stopped_by']]}), {record['answer_tokens']} answer "
+            f"tokens ({record['finish_reason']}), {tokens / record['seconds']:.1f} tokens/s, peak memory {peak / 1e9:.2f} GB")
+
+
+# ------------------------------------------------------------------------------------------------------ command line
+
+
+def command_line() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="soft_thinking.py", description=__doc__.splitlines()[0])
+    parser.error = lambda message: sys.exit(fail(message))  # one line, without the usage
+    parser.add_argument("--model", required=True, help="alias such as qwen2.5-7b, Hugging Face id, or folder")
+    parser.add_argument("--question", required=True, help="what to think about")
+    parser.add_argument("--seed", type=int, default=0, help="of all randomness (default: 0)")
+    parser.add_argument("--num-samples", type=int, default=1, help="answers per question (default: 1)")
+    parser.add_argument("--batch-size", type=int, default=16, help="sequences decoded side by side (default: 16)")
+    parser.add_argument("--device", help="cpu, cuda, or cuda:N (default: cuda where there is one)")
+    parser.add_argument("--dtype", help="bfloat16, float16, or float32 (default: what the device is fast at)")
+    parser.add_argument("--output", metavar="FILE", help="append one JSON line per sample; started again, it goes on")
+    parser.add_argument("--trace", action="store_true", help="with --output: every concept token too")
+    for f in fields(Settings):
+        kind = next(t for t in (get_args(f.type) or (f.type,)) if t is not type(None))
+        options = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind, "choices": f.metadata.get("choices")}
+        said = f.metadata["help"] + ("" if f.default is None else f" (default: {f.default})")
+        parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, help=said, **options)
+    return parser
+
+
+def fail(message: str) -> int:
+    print(f"soft_thinking.py: {message}", file=sys.stderr)
+    return 2
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = vars(command_line().parse_args(arguments))
+    try:
+        settings = Settings(**{f.name: args.pop(f.name) for f in fields(Settings) if f.name in args})
+    except ValueError as error:
+        return fail(f"--{str(error).replace('_', '-')}")
+    try:
+        answer(argparse.Namespace(**args), settings)
+    except UserError as error:
+        return fail(str(error))
+    except torch.OutOfMemoryError:
+        return fail("out of GPU memory: lower --batch-size or --max-new-tokens, or use a smaller --model")
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr, flush=True)
+        return 130
+    return 0
+
+
+def answer(args: argparse.Namespace, settings: Settings) -> None:
+    """One question in the terminal; what is finished is in the file at once."""
+    for name, low in (("seed", 0), ("num_samples", 1), ("batch_size", 1)):
+        if getattr(args, name) < low:
+            raise UserError(f"--{name.replace('_', '-')} must be at least {low}, not {getattr(args, name)}")
+    if not args.question.strip():
+        raise UserError("the question is empty: pass --question TEXT")
+    done = finished(args.output, args.question, args.seed, settings) if args.output else set()
+    todo = [i for i in range(args.num_samples) if i not in done]
+    if done:
+        print(f"{args.output} holds {len(done)} of these samples, {len(todo)} to do", file=sys.stderr)
+    model, tokenizer = load(args.model, args.device, args.dtype)
+    view = View(tokenizer) if len(todo) == 1 else None
+    for _, record in think(model, tokenizer, [args.question] * len(todo), settings, args.seed, todo, args.batch_size,
+                           args.trace, view):
+        if args.output:
+            with open(args.output, "a", encoding="utf-8") as f:
+                f.write(json.dumps(record, ensure_ascii=False) + "\n")
+        if view is None:
+            print(f"--- sample {record['sample']}\n{record['answer_text'] or record['thought_text']}")
+        print(f"\n{summary(record, model.embed.weight.device)}", flush=True)
+
+
+def finished(path: str, question: str, seed: int, settings: Settings) -> set[int]:
+    """The samples that an output file holds already; UserError where it holds another run's, or cannot be written."""
+    wanted = {"question": question, "seed": seed, "settings": asdict(settings)}
+    try:
+        with open(path, "a+b") as f:
+            f.seek(0)
+            text = f.read()
+            whole = text[: text.rfind(b"\n") + 1]  # what an interrupted write left of a line is dropped
+            f.truncate(len(whole))
+        records = [json.loads(line) for line in whole.splitlines()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"--output {path} cannot be used ({error}): choose another file") from None
+    for record in records:
+        if other := [key for key, value in wanted.items() if record.get(key) != value]:
+            raise UserError(f"--output {path} holds records of another {', '.join(other)}: choose another file")
+    return {record["sample"] for record in records}
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    os._exit(code)  # at once: the interpreter would take most of a second to unload PyTorch, also after Ctrl-C

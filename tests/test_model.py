@@ -1,0 +1,435 @@
+"""model.py against golden tensors of transformers, hand-written expectations, and everything a user can get wrong."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections import deque
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from conftest import GOLDEN, ROOT, write_tokenizer
+from make_golden import FAMILIES
+
+import model as M
+from model import (
+    Config,
+    KVCache,
+    Request,
+    Tokenizer,
+    Transformer,
+    UserError,
+    decode,
+    embed_prompt,
+    hf_tensors,
+    load,
+)
+
+
+def close(a, b, tolerance):
+    return ((a - b).norm() / b.norm()).item() < tolerance
+
+
+# ------------------------------------------------------------------------------------------------------ the transformer
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hidden_states_and_logits_are_those_of_transformers(family, folder_of):
+    model, _ = load(str(folder_of(family)), "cpu", "float32")
+    expected = safetensors.torch.load_file(GOLDEN / family / "expected.safetensors")
+    hidden = model(model.embed(expected["ids"])[None])
+    assert close(hidden[0], expected["hidden"], 1e-5)
+    logits = model.logits(hidden[0, -8:])
+    assert logits.dtype == torch.float32 and close(logits, expected["logits"], 1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_decoding_with_the_cache_equals_the_whole_sequence_at_once(family, folder_of):
+    model, _ = load(str(folder_of(family)), "cpu", "float32")
+    embeds = model.embed(safetensors.torch.load_file(GOLDEN / family / "expected.safetensors")["ids"])
+    whole = model(embeds[None])[0]
+    prefilled = KVCache(model, 1, 23)
+    steps = [model(embeds[None, :23], prefilled)[0]]
+    cache = KVCache(model, 3, 4)  # starts too small: it must grow
+    for row in range(3):
+        cache.copy_row(prefilled, 0, row)
+    for t in range(23, 40):
+        steps.append(model(embeds[None, t : t + 1].expand(2, 1, -1), cache)[0])  # two of the three rows go on
+    assert close(torch.cat(steps), whole, 1e-5)
+    assert cache.host_lengths == [40, 40, 23] == cache.lengths.tolist()
+
+
+def test_right_padding_and_later_positions_change_nothing_before(folder_of):
+    model, _ = load(str(folder_of("qwen3")), "cpu", "float32")
+    a, b = torch.randn(1, 20, 32), torch.randn(1, 20, 32)
+    mixed = torch.cat([a[:, :11], b[:, 11:]], 1)
+    assert torch.equal(model(mixed)[:, :11], model(a)[:, :11])
+
+
+def test_the_gradient_with_respect_to_the_embeddings_is_a_finite_difference():
+    config = Config.from_json(FAMILIES["qwen2"])
+    torch.manual_seed(0)
+    model = Transformer(config).double()
+    x, direction = torch.randn(1, 6, 32).double().requires_grad_(), torch.randn(1, 6, 32).double()
+
+    def loss(e):
+        return model.logits(model(e))[0, -1].log_softmax(-1)[7]
+
+    (gradient,) = torch.autograd.grad(loss(x), x)
+    h = 1e-4
+    numeric = (loss(x + h * direction) - loss(x - h * direction)) / (2 * h)
+    # The rotary angles are float32, a constant of the function: the difference quotient is exact in float64 all the same.
+    assert abs(((gradient * direction).sum() - numeric) / numeric) < 1e-6
+
+
+def test_a_bfloat16_model_keeps_its_rotary_frequencies_in_float32():
+    model = Transformer(Config.from_json(FAMILIES["llama3"])).to(torch.bfloat16)
+    assert model.rope.dtype == torch.float32
+    assert model.logits(torch.zeros(2, 32, dtype=torch.bfloat16)).dtype == torch.float32
+
+
+# ---------------------------------------------------------------------------------------------------------- decoding
+
+
+class Greedy:
+    """The smallest method: argmax, a limit per request, and a record of how many rows each step had."""
+
+    def __init__(self, model, rows):
+        self.model, self.out, self.limits, self.batches = model, [None] * rows, [0] * rows, []
+
+    def begin(self, row, request):
+        self.out[row], self.limits[row] = [request.data[0]], request.data[1]
+
+    def step(self, logits):
+        self.batches.append(len(logits))
+        tokens = logits.argmax(-1)
+        for row, token in enumerate(tokens.tolist()):
+            self.out[row].append(token)
+        finished = [len(self.out[row]) > self.limits[row] for row in range(len(logits))]
+        return self.model.embed(tokens), torch.tensor(finished)
+
+    def end(self, row):
+        return self.out[row]
+
+    def move(self, from_row, to_row):
+        self.out[to_row], self.limits[to_row] = self.out[from_row], self.limits[from_row]
+
+
+def prompts(model, count=9):
+    generator = torch.Generator().manual_seed(1)
+    lengths = [3, 17, 1, 30, 8, 2, 25, 11, 5][:count]
+    return [model.embed(torch.randint(0, 272, (n,), generator=generator)) for n in lengths]
+
+
+def run(model, rows, order=None, limits=(20, 5, 13, 1, 9, 20, 2, 7, 16)):
+    embeds = prompts(model)
+    requests = deque(Request(embeds[i], (i, limits[i])) for i in order or range(len(embeds)))
+    method = Greedy(model, rows)
+    return {out[0]: out[1:] for out in decode(model, requests, method, rows)}, method
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_a_request_yields_depends_on_no_neighbour(dtype, folder_of):
+    model, _ = load(str(folder_of("qwen2")), "cpu", dtype)
+    alone, _ = run(model, 1)
+    assert [len(alone[i]) for i in range(9)] == [20, 5, 13, 1, 9, 20, 2, 7, 16]
+    for rows, order in ((2, None), (4, None), (16, None), (3, [8, 2, 5, 0, 7, 1, 3, 6, 4])):
+        assert run(model, rows, order)[0] == alone
+
+
+def test_decoding_is_greedy_decoding_of_the_whole_sequence(folder_of):
+    model, _ = load(str(folder_of("llama3")), "cpu", "float32")
+    outs, _ = run(model, 4)
+    for i, prompt in enumerate(prompts(model)):
+        embeds = torch.cat([prompt, model.embed(torch.tensor(outs[i]))])
+        logits = model.logits(model(embeds[None])[0])
+        assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == outs[i]
+
+
+def test_a_finished_row_costs_nothing_and_its_place_is_taken_at_once(folder_of):
+    model, _ = load(str(folder_of("llama2")), "cpu", "float32")
+    outs, method = run(model, 4)
+    assert sum(method.batches) == sum(map(len, outs.values()))  # no row is ever computed for nothing
+    waiting_until = len(method.batches) - max(map(len, outs.values()))
+    assert set(method.batches[:waiting_until]) == {4}
+
+
+def test_requests_may_be_added_while_decoding(folder_of):
+    model, _ = load(str(folder_of("llama2")), "cpu", "float32")
+    alone, _ = run(model, 1)
+    embeds, got = prompts(model), {}
+    requests = deque([Request(embeds[0], (0, 20))])
+    for out in decode(model, requests, Greedy(model, 2), 2):
+        got[out[0]] = out[1:]
+        if out[0] == 0:
+            requests.extend([Request(embeds[1], (1, 5)), Request(embeds[2], (2, 13))])
+    assert got == {i: alone[i] for i in range(3)}
+
+
+def test_requests_of_one_prompt_share_its_prefill(folder_of, monkeypatch):
+    model, _ = load(str(folder_of("qwen3")), "cpu", "float32")
+    prompt, lengths, forward = prompts(model)[3], [], Transformer.forward
+
+    def spy(self, embeds, cache=None):
+        lengths.append(embeds.shape[1])
+        return forward(self, embeds, cache)
+
+    monkeypatch.setattr(Transformer, "forward", spy)
+    requests = deque(Request(prompt, (i, 6)) for i in range(5))
+    outs = [out[1:] for out in decode(model, requests, Greedy(model, 3), 3)]
+    assert lengths.count(30) == 1 and all(out == outs[0] for out in outs)
+
+
+# ----------------------------------------------------------------------------------------------------------- loading
+
+
+def test_shards_and_one_file_load_the_same(folder_of):
+    folder = folder_of("qwen3")
+    whole, _ = load(str(folder), "cpu", "float32")
+    tensors = safetensors.torch.load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names, files = sorted(tensors), ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    for file, part in zip(files, (names[::2], names[1::2])):
+        safetensors.torch.save_file({name: tensors[name] for name in part}, folder / file)
+    index = {"weight_map": {name: files[i % 2] for i, name in enumerate(names)}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    sharded, _ = load(str(folder), "cpu", "float32")
+    for name, tensor in hf_tensors(whole).items():
+        assert torch.equal(tensor, hf_tensors(sharded)[name])
+        assert torch.equal(tensor, tensors[name].float())  # and every tensor is at its place
+    os.remove(folder / files[1])
+    with pytest.raises(UserError, match="1 of 2 shards missing, first model-00002-of-00002"):
+        load(str(folder))
+
+
+def test_small_chunks_and_the_file_s_own_dtype_read_the_same_bytes(folder_of):
+    folder = folder_of("llama3")
+    model, _ = load(str(folder), "cpu", "bfloat16")
+    tensors = safetensors.torch.load_file(folder / "model.safetensors")
+    views = hf_tensors(model)
+    assert all(torch.equal(views[name], tensors[name]) for name in tensors)
+    places = M.check_tensors([folder / "model.safetensors"], views, tied=True)
+    for view in views.values():
+        view.zero_()
+    M.read_weights(places, views, chunk=64)
+    assert all(torch.equal(views[name], tensors[name]) for name in tensors)
+
+
+def test_loading_takes_hardly_more_memory_than_the_weights(tmp_path):
+    config = FAMILIES["llama2"] | {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12, "vocab_size": 50000}
+    with torch.device("meta"):
+        shapes = {name: t.shape for name, t in hf_tensors(Transformer(Config.from_json(config))).items()}
+    weights = {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
+    size = sum(w.nbytes for w in weights.values())
+    safetensors.torch.save_file(weights, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    write_tokenizer(tmp_path, True)
+    script = ("import resource, sys, model, torch; rss = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
+              "torch.zeros(1000).sum(); before = rss(); m, _ = model.load(sys.argv[1], 'cpu', 'bfloat16'); print(rss() - before)")
+    used = subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert size > 150e6 and int(used.stdout) < 1.15 * size
+
+
+def test_end_of_sequence_ids_come_from_both_files(folder_of):
+    model, _ = load(str(folder_of("qwen2")), "cpu")
+    assert model.config.eos_ids == (257, 261)
+
+
+def test_version_4_and_5_configurations_read_the_same():
+    four, five = Config.from_json(FAMILIES["llama3"]), Config.from_json(FAMILIES["llama3-v5"])
+    assert four.rope_theta == five.rope_theta
+    assert {k: five.rope[k] for k in four.rope} == four.rope
+
+
+def test_yarn_lengthens_the_context_and_linear_leaves_it():
+    assert Config.from_json(FAMILIES["qwen2"] | {"rope_scaling": {"type": "yarn", "factor": 4.0}}).context == 256
+    assert Config.from_json(FAMILIES["llama-linear"]).context == 64
+
+
+def test_aliases_name_the_instruct_and_reasoning_repositories():
+    assert M.ALIASES["qwen2.5-0.5b"] == "Qwen/Qwen2.5-0.5B-Instruct"
+    assert M.ALIASES["qwen3-32b"] == "Qwen/Qwen3-32B"
+    assert M.ALIASES["r1-qwen-1.5b"] == "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
+    assert M.ALIASES["smollm2-135m"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert M.ALIASES["smollm2-1.7b"] == "HuggingFaceTB/SmolLM2-1.7B-Instruct"
+    assert len(M.ALIASES) == 7 + 6 + 1 + 4 + 2 + 1 + 2 + 1 + 1 + 3
+
+
+def test_a_cached_model_works_without_a_network(folder_of, tmp_path):
+    snapshot = tmp_path / "hub/models--HuggingFaceTB--SmolLM2-135M-Instruct/snapshots/0123456789abcdef0123456789abcdef01234567"
+    snapshot.parent.mkdir(parents=True)
+    shutil.copytree(folder_of("llama3"), snapshot)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs/main").write_text(snapshot.name)
+    script = "import model; m, t = model.load('smollm2-135m', 'cpu'); print(m.config.vocab_size)"
+    environment = os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    out = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "272"
+
+
+# --------------------------------------------------------------------------------------------------------- tokenizer
+
+
+def test_chats_render_as_the_template_says(folder_of):
+    tokenizer = Tokenizer(folder_of("llama3"))
+    assert tokenizer.render("héllo") == "<|im_start|>user\nhéllo<|im_end|>\n<|im_start|>assistant\n"
+    ids = tokenizer.chat([{"role": "system", "content": "a"}, {"role": "user", "content": "b"}])
+    assert ids[0] == 256 and ids.count(257) == 2
+    assert tokenizer.decode(ids) == "<|im_start|>system\na<|im_end|>\n<|im_start|>user\nb<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.encode("ab") == [tokenizer.core.token_to_id("a"), tokenizer.core.token_to_id("b")]
+
+
+TEMPLATES = [  # features that published templates use, and what they must render for [{role: user, content: 'a < "é"'}]
+    ("{{ bos_token }}|{{ eos_token }}|{{ messages[0].content }}", "<|im_start|>|<|im_end|>|a < \"é\""),
+    ("{{ messages[0] | tojson }}", '{"role": "user", "content": "a < \\"é\\""}'),
+    ("{%- if tools is none and not documents %}\n    none\n{%- endif %}\n", "    none"),
+    ("{% for i in range(9) %}{% if i == 3 %}{% break %}{% endif %}{{ i }}{% endfor %}", "012"),
+    ("{% set ns = namespace(x=1) %}{% for m in messages %}{% set ns.x = 5 %}{% endfor %}{{ ns.x }}", "5"),
+    ("{{ 'off' if enable_thinking is defined and not enable_thinking else 'on' }}", "off"),
+    ("{{ strftime_now('%Y') | length }}", "4"),
+]
+
+
+@pytest.mark.parametrize("template, expected", TEMPLATES)
+def test_template_features(template, expected, tmp_path):
+    write_tokenizer(tmp_path, True, template)
+    messages = [{"role": "user", "content": 'a < "é"'}]
+    assert Tokenizer(tmp_path).render(messages, enable_thinking=False) == expected
+
+
+def test_the_template_file_goes_before_the_configuration_and_lists_have_a_default(tmp_path):
+    write_tokenizer(tmp_path, True, [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}])
+    assert Tokenizer(tmp_path).render("x") == "d"
+    (tmp_path / "chat_template.jinja").write_text("file")
+    assert Tokenizer(tmp_path).render("x") == "file"
+
+
+@pytest.mark.parametrize("template, said", [
+    ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "unsafe"),
+    ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+    ("{{ messages.append(1) }}", "unsafe|not safely"),
+])
+def test_templates_run_in_the_sandbox_and_may_refuse(template, said, tmp_path):
+    write_tokenizer(tmp_path, True, template)
+    with pytest.raises(UserError, match=said):
+        Tokenizer(tmp_path).chat("x")
+
+
+# --------------------------------------------------------------------------------------------------------- bad input
+
+
+def edit(folder: Path, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    config = {k: v for k, v in (config | changes).items() if v != "DELETE"}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("changes, said", [
+    ({"model_type": "gemma2"}, "unsupported architecture: found gemma2; supported are llama, qwen2, qwen3, mistral"),
+    ({"model_type": "qwen3_moe"}, "found qwen3_moe"),
+    ({"hidden_act": "gelu"}, "unsupported activation: found gelu; supported is silu"),
+    ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "unsupported RoPE type: found longrope; supported are default"),
+    ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "llama3 lacks low_freq_factor, high_freq_factor"),
+    ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+    ({"quantization_config": {"quant_method": "gptq"}}, "unsupported quantisation: found gptq"),
+    ({"model_type": "mistral", "sliding_window": 16, "use_sliding_window": "DELETE"}, "sliding window of 16"),
+    ({"use_sliding_window": True, "sliding_window": 16}, "sliding window of 16"),
+    ({"hidden_size": "DELETE"}, "config.json lacks hidden_size"),
+    ({"num_hidden_layers": 3}, r"12 missing \(model.layers.2.input_layernorm.weight, .*, \.\.\.\)"),
+    ({"num_hidden_layers": 1}, r"12 unexpected \(model.layers.1"),
+    ({"vocab_size": 300}, r"1 misshapen \(model.embed_tokens.weight \[272, 32\] instead of \[300, 32\]\)"),
+])
+def test_a_configuration_that_does_not_fit_is_refused(changes, said, folder_of):
+    folder = folder_of("qwen2")
+    edit(folder, **changes)
+    with pytest.raises(UserError, match=said):
+        load(str(folder), "cpu")
+
+
+def test_folders_that_lack_something_are_refused(folder_of, tmp_path):
+    for name, said in (("config.json", "has no config.json"), ("tokenizer.json", "has no tokenizer.json"),
+                       ("model.safetensors", r"has no \*.safetensors weights")):
+        folder = folder_of("qwen2", name=name + "-gone")
+        (folder / name).unlink()
+        with pytest.raises(UserError, match=said):
+            load(str(folder), "cpu")
+    (folder / "pytorch_model.bin").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"only pickle weights \(pytorch_model.bin\): refused, since a pickle can run any code"):
+        load(str(folder), "cpu")
+    with pytest.raises(UserError, match="no folder"):
+        load(str(tmp_path / "nowhere"))
+    (folder / "config.json").write_text("{")
+    with pytest.raises(UserError, match="config.json is not JSON"):
+        load(str(folder), "cpu")
+    (folder / "tokenizer.json").write_text("{}")
+    shutil.copy(GOLDEN / "qwen2/config.json", folder)
+    with pytest.raises(UserError, match="tokenizer.json cannot be read"):
+        load(str(folder), "cpu")
+
+
+@pytest.mark.parametrize("damage", ["truncated", "header", "empty"])
+def test_damaged_weights_are_named(damage, folder_of):
+    folder = folder_of("qwen2")
+    file = folder / "model.safetensors"
+    data = file.read_bytes()
+    file.write_bytes({"truncated": data[:-100], "header": b"\xff" * 8 + data[8:], "empty": b""}[damage])
+    with pytest.raises(UserError, match="model.safetensors is truncated or corrupt"):
+        load(str(folder), "cpu")
+
+
+def test_quantised_tensors_and_shards_outside_the_folder_are_refused(folder_of):
+    folder = folder_of("qwen2")
+    tensors = safetensors.torch.load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"] = torch.zeros(32, dtype=torch.int8)
+    safetensors.torch.save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(UserError, match="model.norm.weight is I8; supported are bfloat16"):
+        load(str(folder), "cpu")
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../a.safetensors"}}))
+    with pytest.raises(UserError, match="outside its folder"):
+        load(str(folder), "cpu")
+
+
+def test_a_tied_head_and_old_rotary_tensors_in_the_file_are_no_error(folder_of):
+    folder = folder_of("qwen2")
+    tensors = safetensors.torch.load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(4)
+    safetensors.torch.save_file(tensors, folder / "model.safetensors")
+    load(str(folder), "cpu")
+
+
+@pytest.mark.parametrize("name, said", [
+    ("qwen2.5-7", "unknown model qwen2.5-7: nearest aliases are qwen2.5-7b"),
+    ("Qwen3-8", "nearest aliases are qwen3-8b"),
+    ("a/b/c", "no folder a/b/c"),
+])
+def test_misspelt_names_get_the_nearest(name, said):
+    with pytest.raises(UserError, match=said):
+        load(name)
+
+
+def test_devices_dtypes_and_memory(folder_of, monkeypatch):
+    folder = str(folder_of("qwen2"))
+    with pytest.raises(UserError, match="unknown device"):
+        load(folder, "tpu9")
+    with pytest.raises(UserError, match="unknown dtype"):
+        load(folder, "cpu", "int3")
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match=r"no device cuda: .* sees 0 CUDA"):
+            load(folder, "cuda")
+    monkeypatch.setattr(M, "free_memory", lambda device: 1000)
+    with pytest.raises(UserError, match=r"weights need 0.0 GB in float32, 0.0 GB are free on cpu: use --dtype bfloat16"):
+        load(folder, "cpu", "float32")
+
+
+def test_prompts_must_fit_context_and_vocabulary(folder_of):
+    model, _ = load(str(folder_of("qwen2")), "cpu")
+    assert embed_prompt(model, [1] * 63).shape == (63, 32)
+    with pytest.raises(UserError, match="the prompt has 64 tokens, the context window 64"):
+        embed_prompt(model, [1] * 64)
+    with pytest.raises(UserError, match="gives id 272, the model has 272"):
+        embed_prompt(model, [272])
