@@ -16,8 +16,7 @@ import difflib
 import json
 import math
 import re
-from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -352,11 +351,12 @@ class Request:
 
 
 @torch.inference_mode()
-def decode(model: Transformer, requests: deque[Request], method, rows: int) -> Iterator:
+def decode(model: Transformer, requests: Iterable[Request | None], method, rows: int) -> Iterator:
     """Decode requests, up to `rows` at a time, and yield `method.end(row)` for each as soon as it is finished.
 
-    `requests` may grow while this runs: a free row takes the next one at once.  Prompts are prefilled one by one, so
-    their lengths may differ and nothing is padded; rows in use stay side by side, so a finished row costs nothing.
+    A free row takes the next request at once.  Where a request waits for the result of another, a generator may yield
+    None: nothing at present, ask again after the next step.  Prompts are prefilled one by one, so their lengths may
+    differ and nothing is padded; rows in use stay side by side, so a finished row costs nothing.
 
     A method keeps its own state per row and has four functions:
         method.begin(row, request)       a request has taken this row
@@ -367,10 +367,9 @@ def decode(model: Transformer, requests: deque[Request], method, rows: int) -> I
     cache = KVCache(model, rows, KVCache.BLOCK)
     weight = model.embed.weight
     logits = torch.empty(0, model.config.vocab_size, device=weight.device)
-    prompt, n = None, 0  # n rows are in use
+    waiting, prompt, n = iter(requests), None, 0  # n rows are in use
     while True:
-        while n < rows and requests:
-            request = requests.popleft()
+        while n < rows and (request := next(waiting, None)) is not None:
             if request.embeds is not prompt:
                 prompt, prefilled = request.embeds, KVCache(model, 1, len(request.embeds))
                 hidden = model(prompt[None].to(weight.dtype), prefilled)
@@ -392,14 +391,13 @@ def decode(model: Transformer, requests: deque[Request], method, rows: int) -> I
         logits = model.logits(model(embeds[:n, None], cache)[:, 0]) if n else logits[:0]
 
 
-def embed_prompt(model: Transformer, ids: list[int]) -> Tensor:
-    """Embeddings [T, d] of a prompt's token ids; UserError where it fills the context window or leaves the vocabulary."""
-    if len(ids) >= model.config.context:
-        raise UserError(f"the prompt has {len(ids)} tokens, the context window {model.config.context}: shorten it")
-    if max(ids) >= model.config.vocab_size:
-        raise UserError(f"the tokenizer gives id {max(ids)}, the model has {model.config.vocab_size} embeddings: "
+def check_prompt(config: Config, ids: list[int]) -> None:
+    """UserError where a prompt fills the context window or leaves the vocabulary."""
+    if len(ids) >= config.context:
+        raise UserError(f"the prompt has {len(ids)} tokens, the context window {config.context}: shorten it")
+    if max(ids) >= config.vocab_size:
+        raise UserError(f"the tokenizer gives id {max(ids)}, the model has {config.vocab_size} embeddings: "
                         "tokenizer and weights are of different models")
-    return model.embed(torch.tensor(ids, device=model.embed.weight.device)).detach()
 
 
 # -------------------------------------------------------------------------------------------------------- tokenizer

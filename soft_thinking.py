@@ -22,7 +22,6 @@ import os
 import resource
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from typing import get_args
@@ -32,7 +31,7 @@ import torch
 from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
-from model import Request, Tokenizer, Transformer, UserError, decode, embed_prompt, load
+from model import Request, Tokenizer, Transformer, UserError, check_prompt, decode, load
 
 # ----------------------------------------------------------------------------------------------------------- settings
 
@@ -100,9 +99,12 @@ def truncated(logits: Tensor, temperature: float, top_k: int, top_p: float, min_
     logits [B, V] -> ids [B, K] by falling probability, probs [B, K] that sum to 1 (0 where cut off), and the entropy
     [B] in nats of softmax(logits / temperature) over the whole vocabulary.  K = top_k, or V where top_k is 0.
     """
-    p = torch.softmax(logits / temperature, dim=-1)
-    # Summed in float64, so that the order of summation, which depends on the batch, does not show.
-    entropy = torch.special.entr(p).sum(-1, dtype=torch.float64).float()
+    z = logits.float() / temperature
+    z = z.sub_(z.amax(-1, keepdim=True)).clamp_(min=-1e4)  # finite, so that a masked token adds 0 to H, not NaN
+    p = torch.softmax(z, dim=-1)
+    # log p = z - log sum exp z, and log sum exp z = -log max p, since max z = 0: no logarithm per token.  One row is
+    # summed as two, since PyTorch sums a single row in another order, and a row must not depend on its batch.
+    entropy = -p.amax(-1).log() - (p * z).expand(max(2, len(z)), -1).sum(-1)[: len(z)]
     p, ids = p.topk(min(top_k or p.shape[-1], p.shape[-1]))
     p = p / p.sum(-1, keepdim=True)
     if top_p < 1:  # a token stays when the ones before it have not reached the mass
@@ -353,18 +355,25 @@ def think(model: Transformer, tokenizer: Tokenizer, questions: list[str], settin
     watch(token, thinking, ids, probs) is called at every step with row 0's, as tensors.
     UserError for an empty question, or a prompt that is longer than the context window.
     """
-    requests: deque[Request] = deque()
-    embeds: dict[str, Tensor] = {}  # samples of one question share the tensor, hence the prefill
+    jobs = []
     for index, (question, sample) in enumerate(zip(questions, samples or [0] * len(questions))):
         if not question.strip():
             raise UserError("the question is empty: pass --question TEXT")
         prompt = build_prompt(tokenizer, question)
-        if prompt not in embeds:
-            embeds[prompt] = embed_prompt(model, tokenizer.encode(prompt))
+        check_prompt(model.config, tokenizer.encode(prompt))
         seeds = (seed, int.from_bytes(hashlib.sha256(question.encode()).digest()[:8], "little"), sample)
-        requests.append(Request(embeds[prompt], Job(index, question, prompt, sample, seeds)))
-    rows = min(batch_size, len(requests))
-    for part in decode(model, requests, SoftThinking(model, tokenizer, settings, rows, trace, watch), rows):
+        jobs.append(Job(index, question, prompt, sample, seeds))
+
+    def requests() -> Iterator[Request]:
+        prompt, embeds = None, None
+        for job in jobs:
+            if job.prompt != prompt:  # the samples of one question share the tensor, hence the prefill
+                prompt = job.prompt
+                embeds = model.embed(torch.tensor(tokenizer.encode(prompt), device=model.embed.weight.device))
+            yield Request(embeds, job)
+
+    rows = min(batch_size, len(jobs))
+    for part in decode(model, requests(), SoftThinking(model, tokenizer, settings, rows, trace, watch), rows):
         job = part.pop("job")
         thought, spoken = ([i for i in part[ids] if i not in model.config.eos_ids] for ids in ("thought_ids", "answer_ids"))
         yield job.index, {

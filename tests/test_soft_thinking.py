@@ -101,6 +101,12 @@ def test_concept_tokens_are_those_of_a_slow_implementation(settings):
         assert entropy[row].item() == pytest.approx(H, abs=1e-5)
 
 
+def test_masked_tokens_take_no_part():
+    logits = torch.cat([LOGITS, torch.full((1, 3), -math.inf)], 1)
+    for got, want in zip(concept_token(logits, max_topk=6), concept_token(LOGITS, max_topk=6)):
+        assert torch.allclose(got[..., :6], want)
+
+
 def test_concept_tokens_do_not_depend_on_the_batch():
     logits = torch.randn(16, 60000, generator=torch.Generator().manual_seed(0)) * 3
     together = concept_token(logits)

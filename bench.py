@@ -1,0 +1,187 @@
+"""Speed and memory: decoding beside the memory's limit, concept tokens beside greedy, and both beside a peer.
+
+    python bench.py --model smollm2-135m --against transformers --json bench.json
+
+Decoding one sequence reads every weight once, so bytes read per step / memory bandwidth is the least time that a step
+can take; the bandwidth is measured in the same run.  What is compared runs in turns, A B C A B C, because machines are
+noisy; printed are medians with least and most.  Peers are optional and never needed by the project.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from model import (
+    KVCache,
+    Request,
+    Transformer,
+    UserError,
+    decode,
+    find_folder,
+    load,
+)
+from soft_thinking import Job, Settings, SoftThinking
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds(function, device: torch.device) -> float:
+    synchronise(device)
+    start = time.perf_counter()
+    function()
+    synchronise(device)
+    return time.perf_counter() - start
+
+
+def bandwidth(device: torch.device) -> dict[str, float]:
+    """GB/s of reading 1 GB, and of copying it (read and write counted), best of seven: what the memory can do."""
+    x = torch.ones(1 << 28, device=device)  # float32
+    y = torch.empty_like(x)
+    read = min(seconds(lambda: torch.max(x), device) for _ in range(7))
+    copy = min(seconds(lambda: y.copy_(x), device) for _ in range(7))
+    return {"read": x.nbytes / read / 1e9, "copy": 2 * x.nbytes / copy / 1e9}
+
+
+class Clock:
+    """Notes the time at every step: the time of a step is that between two of them."""
+
+    def __init__(self):
+        self.times: list[float] = []
+
+    def __call__(self, *_) -> None:
+        self.times.append(time.perf_counter())
+
+    def per_step(self) -> float:
+        """Median seconds per step, without the first ones, which pay for warming up."""
+        steps = [b - a for a, b in zip(self.times[3:], self.times[4:])]
+        return statistics.median(steps)
+
+
+def ours(model: Transformer, tokenizer, method: str, prompt: torch.Tensor, batch: int, tokens: int) -> float:
+    """Seconds per decoding step of `batch` rows."""
+    settings, clock = Settings(method=method, max_new_tokens=tokens, cold_stop=False), Clock()
+    state = SoftThinking(model, tokenizer, settings, batch, watch=clock)
+    requests = [Request(prompt, Job(0, "", "", row, (0, row))) for row in range(batch)]
+    for _ in decode(model, requests, state, batch):
+        pass
+    return clock.per_step()
+
+
+def transformers_step(folder: Path, device: torch.device, dtype: torch.dtype):
+    """The same by transformers' generate: a function (prompt ids, batch, tokens) -> seconds per step."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    peer = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+
+    def step(ids: list[int], batch: int, tokens: int) -> float:
+        clock = Clock()
+
+        def tick(*_, **__):
+            clock()
+            return torch.zeros(batch, dtype=torch.bool, device=device)
+
+        with torch.no_grad():
+            peer.generate(torch.tensor([ids] * batch, device=device), attention_mask=torch.ones(batch, len(ids), device=device),
+                          max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, temperature=None, top_p=None,
+                          top_k=None, stopping_criteria=transformers.StoppingCriteriaList([tick]))
+        return clock.per_step()
+
+    return step
+
+
+def hardware(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    names = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")] \
+        if cpuinfo.exists() else [platform.processor()]
+    flags = " ".join(f for f in ("avx512_bf16", "amx_bf16") if cpuinfo.exists() and f in cpuinfo.read_text())
+    return f"{names[0]}, {os.cpu_count()} processors, {torch.get_num_threads()} threads {flags}".strip()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True, help="alias, Hugging Face id, or folder")
+    parser.add_argument("--against", choices=["transformers"], help="a peer to run in turns with ours, where it is installed")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 5, 16], help="batch sizes (default: 1 5 16)")
+    parser.add_argument("--prompt", type=int, default=128, help="prompt length in tokens (default: 128)")
+    parser.add_argument("--tokens", type=int, default=48, help="tokens decoded per repetition (default: 48)")
+    parser.add_argument("--repeats", type=int, default=5, help="repetitions of each, in turns (default: 5)")
+    parser.add_argument("--device", help="cpu, cuda, or cuda:N")
+    parser.add_argument("--dtype", help="bfloat16, float16, or float32")
+    parser.add_argument("--json", metavar="FILE", help="every number, for machines")
+    args = parser.parse_args()
+    try:
+        print(run(args))
+    except UserError as error:
+        print(f"bench.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def run(args: argparse.Namespace) -> str:
+    start = time.perf_counter()
+    model, tokenizer = load(args.model, args.device, args.dtype)
+    loading = time.perf_counter() - start
+    device, dtype = model.embed.weight.device, model.embed.weight.dtype
+    model.config = replace(model.config, eos_ids=())  # every row runs to its end
+    ids = (tokenizer.encode("The quick brown fox jumps over the lazy dog, and then it sleeps. ") * args.prompt)[: args.prompt]
+    prompt = model.embed(torch.tensor(ids, device=device))
+    weights = sum(p.nbytes for p in model.parameters()) - (0 if model.config.tied else model.embed.weight.nbytes)
+    limit = bandwidth(device)
+    contenders = {"greedy": lambda b: ours(model, tokenizer, "greedy", prompt, b, args.tokens),
+                  "concept tokens": lambda b: ours(model, tokenizer, "soft", prompt, b, args.tokens)}
+    versions = [f"torch {torch.__version__}"]
+    if args.against == "transformers":
+        try:
+            peer = transformers_step(find_folder(args.model), device, dtype)
+            contenders["transformers"] = lambda b: peer(ids, b, args.tokens)
+            versions.append(f"transformers {metadata.version('transformers')}")
+        except ImportError:
+            print("transformers is not installed: skipped (pip install transformers)", file=sys.stderr)
+    lines = [f"{args.model}, {str(dtype)[6:]}, {hardware(device)}; {', '.join(versions)}",
+             f"loaded in {loading:.1f} s; memory reads {limit['read']:.1f} GB/s, copies {limit['copy']:.1f} GB/s",
+             f"prompt {args.prompt} tokens, {args.tokens} decoded, {args.repeats} repetitions in turns: median (least to most)", "",
+             "| batch | method | tokens/s | ms per step | share of read bandwidth | beside greedy |", "|---|---|---|---|---|---|"]
+    results = []
+    with torch.inference_mode():
+        prefill = statistics.median(
+            seconds(lambda: model(prompt[None], KVCache(model, 1, len(prompt))), device) for _ in range(args.repeats))
+        for batch in args.batch:
+            times = {name: [] for name in contenders}
+            for repeat in range(args.repeats):
+                for name, contender in contenders.items():
+                    times[name].append(contender(batch))
+            c, length = model.config, args.prompt + args.tokens // 2
+            read = weights + batch * length * c.layers * 2 * c.kv_heads * c.head_dim * dtype.itemsize
+            for name, t in times.items():
+                step = statistics.median(t)
+                # Pair by pair, because the machine's speed drifts.
+                ratio = statistics.median(a / b for a, b in zip(t, times["greedy"]))
+                results.append({"batch": batch, "method": name, "seconds_per_step": t, "bytes_per_step": read, "beside_greedy": ratio})
+                lines.append(f"| {batch} | {name} | {batch / step:.1f} ({batch / max(t):.1f} to {batch / min(t):.1f}) | {step * 1e3:.1f} | "
+                             f"{read / step / limit['read'] / 1e9:.0%} | {ratio:.3f} |")
+    lines.append(f"\nprefill of {args.prompt} tokens: {prefill * 1e3:.0f} ms ({args.prompt / prefill:.0f} tokens/s)")
+    if args.json:
+        Path(args.json).write_text(json.dumps({"header": lines[:3], "arguments": vars(args), "bandwidth": limit, "prefill": prefill,
+                                               "results": results}, indent=1) + "\n")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
