@@ -17,13 +17,13 @@ Stochastic variants (arXiv 2508.03440): `--noise gumbel` and `--noise dirichlet`
 
 import argparse
 import hashlib
-import json
 import os
 import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import get_args
 
 import numpy as np
@@ -31,6 +31,7 @@ import torch
 from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
+import tasks
 from model import Request, Tokenizer, Transformer, UserError, check_prompt, decode, load
 
 # ----------------------------------------------------------------------------------------------------------- settings
@@ -429,11 +430,18 @@ def summary(record: dict, device: torch.device) -> str:
 # ------------------------------------------------------------------------------------------------------ command line
 
 
+TINY = str(Path(__file__).resolve().parent / "tiny" / "base")  # the bundled model
+
+
 def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="soft_thinking.py", description=__doc__.splitlines()[0])
     parser.error = lambda message: sys.exit(fail(message))  # one line, without the usage
-    parser.add_argument("--model", required=True, help="alias such as qwen2.5-7b, Hugging Face id, or folder")
-    parser.add_argument("--question", required=True, help="what to think about")
+    parser.add_argument("--model", default=TINY, help="alias such as qwen2.5-7b, Hugging Face id, or folder (default: bundled)")
+    parser.add_argument("--question", help="answer this one in the terminal (default: a problem of the task tiny)")
+    parser.add_argument("--task", help=f"score a benchmark: {', '.join(tasks.TASKS)}")
+    parser.add_argument("--data", metavar="FILE", help="score your own JSON lines: question, answer, optional choices, steps")
+    parser.add_argument("--limit", type=int, help="only the first so many problems")
+    parser.add_argument("--methods", help="with --task: several, compared problem by problem (default: soft,cot,greedy)")
     parser.add_argument("--seed", type=int, default=0, help="of all randomness (default: 0)")
     parser.add_argument("--num-samples", type=int, default=1, help="answers per question (default: 1)")
     parser.add_argument("--batch-size", type=int, default=16, help="sequences decoded side by side (default: 16)")
@@ -441,6 +449,7 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", help="bfloat16, float16, or float32 (default: what the device is fast at)")
     parser.add_argument("--output", metavar="FILE", help="append one JSON line per sample; started again, it goes on")
     parser.add_argument("--trace", action="store_true", help="with --output: every concept token too")
+    parser.add_argument("--json", metavar="FILE", help="with --task: the table as JSON")
     for f in fields(Settings):
         kind = next(t for t in (get_args(f.type) or (f.type,)) if t is not type(None))
         options = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind, "choices": f.metadata.get("choices")}
@@ -455,62 +464,89 @@ def fail(message: str) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    args = vars(command_line().parse_args(arguments))
+    args = command_line().parse_args(arguments)
     try:
-        settings = Settings(**{f.name: args.pop(f.name) for f in fields(Settings) if f.name in args})
-    except ValueError as error:
-        return fail(f"--{str(error).replace('_', '-')}")
-    try:
-        answer(argparse.Namespace(**args), settings)
-    except UserError as error:
+        for name, low in (("seed", 0), ("num_samples", 1), ("batch_size", 1)):
+            if getattr(args, name) < low:
+                raise UserError(f"--{name.replace('_', '-')} must be at least {low}, not {getattr(args, name)}")
+        if args.question is not None and (args.task or args.data):
+            raise UserError("--question asks one question, --task and --data score many: pass one of them")
+        score(args) if args.task or args.data else answer(args)
+    except (UserError, tasks.UserError) as error:
         return fail(str(error))
     except torch.OutOfMemoryError:
         return fail("out of GPU memory: lower --batch-size or --max-new-tokens, or use a smaller --model")
     except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr, flush=True)
+        print("\ninterrupted" + (f"; what was finished is in {args.output}" if args.output else ""), file=sys.stderr)
         return 130
     return 0
 
 
-def answer(args: argparse.Namespace, settings: Settings) -> None:
+def settings_of(args: argparse.Namespace, method: str | None = None) -> Settings:
+    """The settings that the flags ask for; UserError for nonsense.  Noise is of method soft alone."""
+    given = {f.name: getattr(args, f.name) for f in fields(Settings) if hasattr(args, f.name)}
+    if method:
+        given |= {"method": method} | ({} if method == "soft" else {"noise": None})
+    try:
+        return Settings(**given)
+    except ValueError as error:
+        raise UserError(f"--{str(error).replace('_', '-')}") from None
+
+
+def recorded(args: argparse.Namespace, settings: Settings, model: Transformer) -> dict:
+    """Everything that decides what is generated, for the records: other settings are not mixed in one file."""
+    weight = model.embed.weight
+    return {"model": args.model, "device": weight.device.type, "dtype": str(weight.dtype)[6:], "seed": args.seed} | asdict(settings)
+
+
+def answer(args: argparse.Namespace) -> None:
     """One question in the terminal; what is finished is in the file at once."""
-    for name, low in (("seed", 0), ("num_samples", 1), ("batch_size", 1)):
-        if getattr(args, name) < low:
-            raise UserError(f"--{name.replace('_', '-')} must be at least {low}, not {getattr(args, name)}")
+    settings, gold = settings_of(args), None
+    if args.question is None:
+        problem = tasks.load("tiny", limit=1)[0]
+        args.question, gold = problem.question, problem.answer
+        print(args.question)
     if not args.question.strip():
         raise UserError("the question is empty: pass --question TEXT")
-    done = finished(args.output, args.question, args.seed, settings) if args.output else set()
-    todo = [i for i in range(args.num_samples) if i not in done]
-    if done:
-        print(f"{args.output} holds {len(done)} of these samples, {len(todo)} to do", file=sys.stderr)
     model, tokenizer = load(args.model, args.device, args.dtype)
+    kept = recorded(args, settings, model)
+    key = ("question", "method", "seed", "sample")
+    done = tasks.resume(args.output, {settings.method: kept}, key) if args.output else {}
+    todo = [i for i in range(args.num_samples) if (args.question, settings.method, args.seed, i) not in done]
     view = View(tokenizer) if len(todo) == 1 else None
     for _, record in think(model, tokenizer, [args.question] * len(todo), settings, args.seed, todo, args.batch_size,
                            args.trace, view):
         if args.output:
-            with open(args.output, "a", encoding="utf-8") as f:
-                f.write(json.dumps(record, ensure_ascii=False) + "\n")
+            tasks.append(args.output, record | {"settings": kept})
         if view is None:
             print(f"--- sample {record['sample']}\n{record['answer_text'] or record['thought_text']}")
+        elif not record["answer_ids"]:
+            print("\n(no answer: the thought was never closed)", end="")
         print(f"\n{summary(record, model.embed.weight.device)}", flush=True)
+    if gold:
+        print(f"(the right answer is {gold})")
 
 
-def finished(path: str, question: str, seed: int, settings: Settings) -> set[int]:
-    """The samples that an output file holds already; UserError where it holds another run's, or cannot be written."""
-    wanted = {"question": question, "seed": seed, "settings": asdict(settings)}
-    try:
-        with open(path, "a+b") as f:
-            f.seek(0)
-            text = f.read()
-            whole = text[: text.rfind(b"\n") + 1]  # what an interrupted write left of a line is dropped
-            f.truncate(len(whole))
-        records = [json.loads(line) for line in whole.splitlines()]
-    except (OSError, ValueError) as error:
-        raise UserError(f"--output {path} cannot be used ({error}): choose another file") from None
-    for record in records:
-        if other := [key for key, value in wanted.items() if record.get(key) != value]:
-            raise UserError(f"--output {path} holds records of another {', '.join(other)}: choose another file")
-    return {record["sample"] for record in records}
+def score(args: argparse.Namespace) -> None:
+    """A benchmark: every method on the same problems, graded, recorded, and compared in a table."""
+    methods = args.methods.split(",") if args.methods else [args.method] if hasattr(args, "method") else ["soft", "cot", "greedy"]
+    if wrong := [m for m in methods if m not in ("soft", "cot", "greedy")]:
+        raise UserError(f"--methods: no method {wrong[0]!r}; there are soft, cot, greedy")
+    wanted = {method: settings_of(args, method) for method in methods}
+    name = args.task or "data"
+    problems = tasks.load(name, args.data, args.limit)
+    task = tasks.TASKS[name]
+    model, tokenizer = load(args.model, args.device, args.dtype)
+
+    def solver(settings: Settings) -> Callable:
+        def solve(jobs: list[tuple[tasks.Problem, int]]) -> Iterator[tuple[tasks.Problem, int, dict]]:
+            questions, samples = [tasks.prompt(problem, task) for problem, _ in jobs], [sample for _, sample in jobs]
+            for i, record in think(model, tokenizer, questions, settings, args.seed, samples, args.batch_size, args.trace):
+                yield *jobs[i], record
+        return solve
+
+    tasks.run(problems, task, {method: (recorded(args, settings, model), solver(settings)) for method, settings in wanted.items()},
+              args.num_samples, args.output, args.json)
 
 
 if __name__ == "__main__":
