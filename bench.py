@@ -22,6 +22,7 @@ import torch
 
 from model import (
     KVCache,
+    Prompt,
     Request,
     Transformer,
     UserError,
@@ -73,7 +74,8 @@ def ours(model: Transformer, tokenizer, method: str, prompt: torch.Tensor, batch
     """Seconds per decoding step of `batch` rows."""
     settings, clock = Settings(method=method, max_new_tokens=tokens, cold_stop=False), Clock()
     state = SoftThinking(model, tokenizer, settings, batch, watch=clock)
-    requests = [Request(prompt, Job(0, "", "", row, (0, row))) for row in range(batch)]
+    shared = Prompt(prompt)
+    requests = [Request(shared, Job(0, "", "", row, (0, row))) for row in range(batch)]
     for _ in decode(model, requests, state, batch):
         pass
     return clock.per_step()

@@ -343,10 +343,24 @@ class KVCache:
 
 
 @dataclass(eq=False)
-class Request:
-    """One sequence for `decode`: a prompt as embeddings [T, d], and whatever the method wants to find again."""
+class Prompt:
+    """A prompt as embeddings [T, d].  However many requests begin with it, it is taken in once, by the first."""
 
-    embeds: Tensor  # requests one after another that hold the very same tensor share one prefill
+    embeds: Tensor
+    cache: KVCache | None = None  # its keys and values, one row
+    logits: Tensor | None = None  # [1, V], what follows it
+
+    def prefill(self, model: Transformer) -> None:
+        if self.cache is None:
+            self.cache = KVCache(model, 1, len(self.embeds))
+            self.logits = model.logits(model(self.embeds[None], self.cache)[:, -1])
+
+
+@dataclass(eq=False)
+class Request:
+    """One sequence for `decode`: how it begins, and whatever the method wants to find again."""
+
+    prompt: Prompt
     data: Any = None
 
 
@@ -365,17 +379,13 @@ def decode(model: Transformer, requests: Iterable[Request | None], method, rows:
         method.move(from_row, to_row)    what was one row is another now
     """
     cache = KVCache(model, rows, KVCache.BLOCK)
-    weight = model.embed.weight
-    logits = torch.empty(0, model.config.vocab_size, device=weight.device)
-    waiting, prompt, n = iter(requests), None, 0  # n rows are in use
+    logits = torch.empty(0, model.config.vocab_size, device=model.embed.weight.device)
+    waiting, n = iter(requests), 0  # n rows are in use
     while True:
         while n < rows and (request := next(waiting, None)) is not None:
-            if request.embeds is not prompt:
-                prompt, prefilled = request.embeds, KVCache(model, 1, len(request.embeds))
-                hidden = model(prompt[None].to(weight.dtype), prefilled)
-                first = model.logits(hidden[:, -1])  # [1, V]
-            cache.copy_row(prefilled, 0, n)
-            logits = torch.cat([logits, first])
+            request.prompt.prefill(model)
+            cache.copy_row(request.prompt.cache, 0, n)
+            logits = torch.cat([logits, request.prompt.logits])
             method.begin(n, request)
             n += 1
         if not n:

@@ -32,7 +32,16 @@ from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
 import tasks
-from model import Request, Tokenizer, Transformer, UserError, check_prompt, decode, load
+from model import (
+    Prompt,
+    Request,
+    Tokenizer,
+    Transformer,
+    UserError,
+    check_prompt,
+    decode,
+    load,
+)
 
 # ----------------------------------------------------------------------------------------------------------- settings
 
@@ -240,7 +249,7 @@ class SoftThinking:
         self.u[row] = torch.from_numpy(rng.random(N, dtype=np.float32))
         if s.noise == "gumbel":
             self.g[row] = torch.from_numpy(rng.gumbel(size=self.g.shape[1:]))
-        self.limit[row] = min(s.max_new_tokens, self.model.config.context - len(request.embeds))
+        self.limit[row] = min(s.max_new_tokens, self.model.config.context - len(request.prompt.embeds))
         for counter in (self.t, self.thought, self.calm, self.forced, self.matched):
             counter[row] = 0
         self.thinking[row] = True
@@ -366,12 +375,12 @@ def think(model: Transformer, tokenizer: Tokenizer, questions: list[str], settin
         jobs.append(Job(index, question, prompt, sample, seeds))
 
     def requests() -> Iterator[Request]:
-        prompt, embeds = None, None
+        text, prompt = None, None
         for job in jobs:
-            if job.prompt != prompt:  # the samples of one question share the tensor, hence the prefill
-                prompt = job.prompt
-                embeds = model.embed(torch.tensor(tokenizer.encode(prompt), device=model.embed.weight.device))
-            yield Request(embeds, job)
+            if job.prompt != text:  # the samples of one question share the prompt, hence the prefill
+                text, ids = job.prompt, tokenizer.encode(job.prompt)
+                prompt = Prompt(model.embed(torch.tensor(ids, device=model.embed.weight.device)))
+            yield Request(prompt, job)
 
     rows = min(batch_size, len(jobs))
     for part in decode(model, requests(), SoftThinking(model, tokenizer, settings, rows, trace, watch), rows):

@@ -17,6 +17,7 @@ import model as M
 from model import (
     Config,
     KVCache,
+    Prompt,
     Request,
     Tokenizer,
     Transformer,
@@ -125,7 +126,7 @@ def prompts(model, count=9):
 
 def run(model, rows, order=None, limits=(20, 5, 13, 1, 9, 20, 2, 7, 16)):
     embeds = prompts(model)
-    requests = [Request(embeds[i], (i, limits[i])) for i in order or range(len(embeds))]
+    requests = [Request(Prompt(embeds[i]), (i, limits[i])) for i in order or range(len(embeds))]
     method = Greedy(model, rows)
     return {out[0]: out[1:] for out in decode(model, requests, method, rows)}, method
 
@@ -166,11 +167,11 @@ def test_requests_may_wait_for_results(folder_of):
     embeds, got = prompts(model), {}
 
     def requests():
-        yield Request(embeds[0], (0, 20))
+        yield Request(Prompt(embeds[0]), (0, 20))
         while 0 not in got:
             yield None
-        yield Request(embeds[1], (1, 5))
-        yield Request(embeds[2], (2, 13))
+        yield Request(Prompt(embeds[1]), (1, 5))
+        yield Request(Prompt(embeds[2]), (2, 13))
 
     for out in decode(model, requests(), Greedy(model, 2), 2):
         got[out[0]] = out[1:]
@@ -179,7 +180,7 @@ def test_requests_may_wait_for_results(folder_of):
 
 def test_requests_of_one_prompt_share_its_prefill(folder_of, monkeypatch):
     model, _ = load(str(folder_of("qwen3")), "cpu", "float32")
-    prompt, lengths, forward = prompts(model)[3], [], Transformer.forward
+    prompt, lengths, forward = Prompt(prompts(model)[3]), [], Transformer.forward
 
     def spy(self, embeds, cache=None):
         lengths.append(embeds.shape[1])

@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT
 from make_golden import FAMILIES
 
-from model import Config, Request, Tokenizer, Transformer, UserError, load
+from model import Config, Prompt, Request, Tokenizer, Transformer, UserError, load
 from soft_thinking import (
     END,
     Job,
@@ -211,7 +211,7 @@ def scripted(folder, settings, steps, rows=1, limit_prompt=1, **options):
     model = Transformer(Config.from_json(FAMILIES["qwen2"], eos_ids=(257,))).requires_grad_(False)
     method = SoftThinking(model, Tokenizer(folder), settings, rows, **options)
     for row in range(rows):
-        method.begin(row, Request(torch.zeros(limit_prompt, 32), Job(0, "q", "p", row, (0, 0, row))))
+        method.begin(row, Request(Prompt(torch.zeros(limit_prompt, 32)), Job(0, "q", "p", row, (0, 0, row))))
     fed = []
     for step in steps:
         logits = torch.full((rows, 272), -1e9)
@@ -237,7 +237,7 @@ def test_thinking_feeds_mixtures_and_answering_feeds_tokens(folder_of):
 def test_the_marker_is_fed_discretely_when_it_is_the_most_probable_component(folder_of):
     model = Transformer(Config.from_json(FAMILIES["qwen2"], eos_ids=(257,))).requires_grad_(False)
     method = SoftThinking(model, Tokenizer(folder_of("qwen2")), Settings(), 1)
-    method.begin(0, Request(torch.zeros(1, 32), Job(0, "q", "p", 0, (0, 0, 0))))
+    method.begin(0, Request(Prompt(torch.zeros(1, 32)), Job(0, "q", "p", 0, (0, 0, 0))))
     logits = torch.full((1, 272), -1e9)
     logits[0, 259], logits[0, 30] = 1.0, 0.8
     embeds, _ = method.step(logits)
@@ -301,7 +301,7 @@ def test_gumbel_noise_of_low_temperature_picks_tokens_as_often_as_the_concept_to
     logits = torch.full((4000, 272), -1e9)
     logits[:, :3] = torch.tensor([0.6, 0.3, 0.1]).log()
     for row in range(4000):
-        method.begin(row, Request(torch.zeros(1, 32), Job(0, "q", "p", row, (0, 0, row))))
+        method.begin(row, Request(Prompt(torch.zeros(1, 32)), Job(0, "q", "p", row, (0, 0, row))))
     method.step(logits)
     share = torch.bincount(method.tokens[:, 0], minlength=3) / 4000
     assert torch.allclose(share, torch.tensor([0.6, 0.3, 0.1]), atol=0.03)  # four standard deviations
@@ -316,7 +316,7 @@ def test_dirichlet_noise_has_the_mean_and_spread_of_its_distribution(alpha, fold
     logits = torch.full((3000, 272), -1e9)
     logits[:, :3] = torch.tensor([0.6, 0.3, 0.1]).log()
     for row in range(3000):
-        method.begin(row, Request(torch.zeros(1, 32), Job(0, "q", "p", row, (0, 0, row))))
+        method.begin(row, Request(Prompt(torch.zeros(1, 32)), Job(0, "q", "p", row, (0, 0, row))))
     method.step(logits)
     ct = method.steps[2][:, 0, :3]
     mean = torch.tensor([0.6, 0.3, 0.1])
