@@ -535,12 +535,15 @@ KEY = ("problem", "method", "sample")  # what tells the records of a task apart
 
 
 def run(problems, task, methods, num_samples=1, output=None, json_path=None):
-    """Runs methods one after the other on the same problems, grades, records, prints the table; returns it as a dict.
+    """Runs methods one after the other on the same problems, grades, records, prints the table.
+
+    Returns what --json writes, and the records by (problem id, method, sample index).
 
     methods: name -> (settings, solve). settings: everything that changes what the method answers; records in `output`
              are taken over if theirs are equal. solve(jobs) gets the (problem, sample index) pairs still to be done and
              yields (problem, sample, record) as they finish. record: answer_text, optional thought_text,
-             thought_tokens, answer_tokens, seconds, stopped_by, prompt, and whatever else the method wants to keep.
+             thought_tokens, answer_tokens, seconds, stopped_by, prompt, answers (of several candidates), and whatever
+             else the method wants to keep.
     Raises UserError: a file that cannot be written, or is of other settings or problems. KeyboardInterrupt and errors
     of the method pass through; what was finished is in the file.
     """
@@ -584,7 +587,7 @@ def run(problems, task, methods, num_samples=1, output=None, json_path=None):
     print(table(result, rows))
     if json_path:
         write_json(json_path, result)
-    return result
+    return result, done
 
 
 def plain_json(settings):
@@ -601,7 +604,9 @@ def graded(problem, task, method, sample, record):
     return {"prompt": prompt(problem, task), **record, "problem": problem.id, "method": method, "sample": sample,
             "question": problem.question, "choices": problem.choices, "gold": problem.answer,
             "extracted": extracted, "extracted_from": source if extracted is not None else None,
-            "correct": grade(extracted, problem.answer, problem.kind, task.tolerance)}
+            "correct": grade(extracted, problem.answer, problem.kind, task.tolerance),
+            **({"any_correct": any(grade(answer, problem.answer, problem.kind, task.tolerance)
+                                   for answer in record["answers"])} if "answers" in record else {})}
 
 
 def append(path, record):

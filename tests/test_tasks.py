@@ -396,7 +396,7 @@ def records(path):
 
 def test_a_run_is_recorded_and_tabulated(tmp_path, capsys):
     output, table = tmp_path / "out.jsonl", tmp_path / "table.json"
-    result = run(PROBLEMS, TASKS["tiny"], methods({"seed": 0}, soft=adder(), cot=adder(wrong=(2, 4))), output=output,
+    result, _ = run(PROBLEMS, TASKS["tiny"], methods({"seed": 0}, soft=adder(), cot=adder(wrong=(2, 4))), output=output,
                  json_path=table)
     captured = capsys.readouterr()
     assert json.loads(table.read_text()) == result and sorted(os.listdir(tmp_path)) == ["out.jsonl", "table.json"]
@@ -417,12 +417,22 @@ def test_a_run_is_recorded_and_tabulated(tmp_path, capsys):
     assert "accuracy 66.7%" in captured.err
 
 
+def test_of_several_candidates_it_is_recorded_whether_any_is_right():
+    def solve(jobs):
+        for problem, sample in jobs:
+            yield problem, sample, {"answer_text": "The answer is 99", "answers": [None, "99", "2" if sample == 0 else "3"]}
+
+    _, records = run(PROBLEMS[:2], TASKS["tiny"], methods({}, m=solve))
+    assert [record["any_correct"] for record in records.values()] == [False, True]
+    assert not any(record["correct"] for record in records.values())
+
+
 def test_what_the_answer_lacks_is_looked_for_in_the_thought():
     def solve(jobs):
         for problem, sample in jobs:
             yield problem, sample, {"answer_text": "", "thought_text": "it is 0" if problem.id[-1] == "0" else "hm"}
 
-    result = run(PROBLEMS[:2], TASKS["tiny"], methods({}, m=solve))
+    result, _ = run(PROBLEMS[:2], TASKS["tiny"], methods({}, m=solve))
     assert result["methods"][0]["accuracy"] == 0.5 and result["methods"][0]["no_answer"] == 1
     assert result["methods"][0]["tokens"] is None
 
@@ -430,13 +440,13 @@ def test_what_the_answer_lacks_is_looked_for_in_the_thought():
 def test_resumption_finishes_what_is_missing(tmp_path, capsys):
     whole, halved = tmp_path / "whole.jsonl", tmp_path / "halved.jsonl"
     both = methods({"seed": 0}, soft=adder(), cot=adder(wrong=(1,), order=-1))
-    expected = run(PROBLEMS, TASKS["tiny"], both, num_samples=2, output=whole)
+    expected, _ = run(PROBLEMS, TASKS["tiny"], both, num_samples=2, output=whole)
     content = whole.read_bytes()
     ends = [i for i, byte in enumerate(content) if byte == 10]
     for cut in (0, 7, ends[0] - 3, ends[0] + 1, ends[7] + 1, ends[7] + 30, ends[-1], len(content)):
         halved.write_bytes(content[:cut])
         capsys.readouterr()
-        result = run(PROBLEMS, TASKS["tiny"], both, num_samples=2, output=halved)
+        result, _ = run(PROBLEMS, TASKS["tiny"], both, num_samples=2, output=halved)
         captured = capsys.readouterr()
         assert records(halved) == records(whole)
         assert [row["accuracy"] for row in result["methods"]] == [row["accuracy"] for row in expected["methods"]]
