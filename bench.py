@@ -1,6 +1,7 @@
 """Speed and memory: decoding beside the memory's limit, concept tokens beside greedy, and both beside a peer.
 
     python bench.py --model smollm2-135m --against transformers --json bench.json
+    python bench.py --gp --against botorch
 
 Decoding one sequence reads every weight once, so bytes read per step / memory bandwidth is the least time that a step
 can take; the bandwidth is measured in the same run.  What is compared runs in turns, A B C A B C, because machines are
@@ -20,12 +21,15 @@ from pathlib import Path
 
 import torch
 
+import soft_reasoning
+from gp import GP, suggest
 from model import (
     KVCache,
     Prompt,
     Request,
     Transformer,
     UserError,
+    check_prompt,
     decode,
     find_folder,
     load,
@@ -104,6 +108,62 @@ def transformers_step(folder: Path, device: torch.device, dtype: torch.dtype):
     return step
 
 
+def candidates(model: Transformer, tokenizer, prompt: torch.Tensor, number: int, tokens: int) -> float:
+    """Seconds for that many Soft Reasoning candidates of one prompt: one prefill, one batch, greedy to the end."""
+    settings = soft_reasoning.Settings(max_new_tokens=tokens)
+
+    def run() -> None:
+        shared = Prompt(prompt)
+        wanted = [soft_reasoning.Generation(shared, offset=torch.randn(model.config.d)) for _ in range(number)]
+        requests = [Request(shared, (0, i, g)) for i, g in enumerate(wanted)]
+        for _ in decode(model, requests, soft_reasoning.Rollouts(model, tokenizer, settings, number), number):
+            pass
+
+    return seconds(run, prompt.device)
+
+
+def bench_gp(against: str | None, repeats: int) -> str:
+    """What one round of Soft Reasoning asks of gp.py, on one thread: fit, EI over 5,000 candidates, five picks."""
+    torch.set_num_threads(1)
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(25, 50, generator=generator).double(), torch.randn(25, generator=generator).double()
+    pool = torch.randn(5000, 50, generator=generator).double()
+    contenders = {"gp.py": lambda: suggest(GP.fit(x, y), 5, pool, generator=generator)}
+    if against == "botorch":
+        try:
+            contenders["botorch"] = botorch_picks(x, y, pool)
+        except ImportError:
+            print("botorch is not installed: skipped (pip install botorch)", file=sys.stderr)
+    times = {name: [] for name in contenders}
+    for name, contender in contenders.items():
+        contender()  # warm
+    for _ in range(repeats):
+        for name, contender in contenders.items():
+            times[name].append(seconds(contender, torch.device("cpu")))
+    lines = [(f"GP fit, EI over 5,000 candidates and 5 picks, 25 points in 50 dimensions, one thread; torch {torch.__version__}; "
+             f"{hardware(torch.device('cpu'))}"), "", "| | ms: median (least to most) |", "|---|---|"]
+    lines += [f"| {name} | {statistics.median(t) * 1e3:.1f} ({min(t) * 1e3:.1f} to {max(t) * 1e3:.1f}) |" for name, t in times.items()]
+    return "\n".join(lines)
+
+
+def botorch_picks(x: torch.Tensor, y: torch.Tensor, pool: torch.Tensor):
+    """The same by BoTorch: fit, log EI over the pool, the best point believed; five times, one fit."""
+    from botorch.acquisition import LogExpectedImprovement
+    from botorch.fit import fit_gpytorch_mll
+    from botorch.models import SingleTaskGP
+    from gpytorch.mlls import ExactMarginalLogLikelihood
+
+    def run() -> None:
+        gp = SingleTaskGP(x, y[:, None])
+        fit_gpytorch_mll(ExactMarginalLogLikelihood(gp.likelihood, gp))
+        with torch.no_grad():
+            for _ in range(5):
+                best = pool[LogExpectedImprovement(gp, best_f=y.max())(pool[:, None]).argmax()][None]
+                gp = gp.condition_on_observations(best, gp.posterior(best).mean)
+
+    return run
+
+
 def hardware(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -114,10 +174,17 @@ def hardware(device: torch.device) -> str:
     return f"{names[0]}, {os.cpu_count()} processors, {torch.get_num_threads()} threads {flags}".strip()
 
 
+def fail(message: str) -> int:
+    print("bench.py:", " ".join(message.split()), file=sys.stderr)
+    return 2
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True, help="alias, Hugging Face id, or folder")
-    parser.add_argument("--against", choices=["transformers"], help="a peer to run in turns with ours, where it is installed")
+    parser.error = lambda message: sys.exit(fail(message))  # one line, without the usage
+    parser.add_argument("--model", help="alias, Hugging Face id, or folder")
+    parser.add_argument("--gp", action="store_true", help="the Gaussian process instead of a model")
+    parser.add_argument("--against", choices=["transformers", "botorch"], help="a peer to run in turns with ours, where it is installed")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 5, 16], help="batch sizes (default: 1 5 16)")
     parser.add_argument("--prompt", type=int, default=128, help="prompt length in tokens (default: 128)")
     parser.add_argument("--tokens", type=int, default=48, help="tokens decoded per repetition (default: 48)")
@@ -127,10 +194,20 @@ def main() -> int:
     parser.add_argument("--json", metavar="FILE", help="every number, for machines")
     args = parser.parse_args()
     try:
-        print(run(args))
+        if not args.gp and not args.model:
+            raise UserError("nothing to measure: pass --model NAME, or --gp")
+        for name, low in (("prompt", 1), ("tokens", 8), ("repeats", 1)):
+            if getattr(args, name) < low:
+                raise UserError(f"--{name} must be at least {low}, not {getattr(args, name)}")
+        if min(args.batch) < 1:
+            raise UserError(f"--batch must be at least 1, not {min(args.batch)}")
+        if args.json and not Path(args.json).resolve().parent.is_dir():
+            raise UserError(f"cannot write {args.json}: make its folder first")
+        print(bench_gp(args.against, args.repeats) if args.gp else run(args))
     except UserError as error:
-        print(f"bench.py: {error}", file=sys.stderr)
-        return 2
+        return fail(str(error))
+    except torch.OutOfMemoryError:
+        return fail("out of GPU memory: lower --batch or --tokens")
     except KeyboardInterrupt:
         return 130
     return 0
@@ -143,6 +220,7 @@ def run(args: argparse.Namespace) -> str:
     device, dtype = model.embed.weight.device, model.embed.weight.dtype
     model.config = replace(model.config, eos_ids=())  # every row runs to its end
     ids = (tokenizer.encode("The quick brown fox jumps over the lazy dog, and then it sleeps. ") * args.prompt)[: args.prompt]
+    check_prompt(model.config, ids + [0] * args.tokens)
     prompt = model.embed(torch.tensor(ids, device=device))
     weights = sum(p.nbytes for p in model.parameters()) - (0 if model.config.tied else model.embed.weight.nbytes)
     limit = bandwidth(device)
@@ -178,9 +256,13 @@ def run(args: argparse.Namespace) -> str:
                 results.append({"batch": batch, "method": name, "seconds_per_step": t, "bytes_per_step": read, "beside_greedy": ratio})
                 lines.append(f"| {batch} | {name} | {batch / step:.1f} ({batch / max(t):.1f} to {batch / min(t):.1f}) | {step * 1e3:.1f} | "
                              f"{read / step / limit['read'] / 1e9:.0%} | {ratio:.3f} |")
-    lines.append(f"\nprefill of {args.prompt} tokens: {prefill * 1e3:.0f} ms ({args.prompt / prefill:.0f} tokens/s)")
+        pairs = [[candidates(model, tokenizer, prompt, number, args.tokens) for number in (1, 5)] for _ in range(args.repeats)]
+        five = statistics.median(b / a for a, b in pairs)
+    lines.append(f"\nSoft Reasoning: five candidates of one prompt in one batch take {five:.2f} x the time of one")
+    lines.append(f"prefill of {args.prompt} tokens: {prefill * 1e3:.0f} ms ({args.prompt / prefill:.0f} tokens/s)")
     if args.json:
         Path(args.json).write_text(json.dumps({"header": lines[:3], "arguments": vars(args), "bandwidth": limit, "prefill": prefill,
+                                               "five_candidates": five,
                                                "results": results}, indent=1) + "\n")
     return "\n".join(lines)
 

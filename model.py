@@ -75,8 +75,8 @@ class Config:
         if kind not in ("llama", "qwen2", "qwen3", "mistral"):
             found = kind or ", ".join(c.get("architectures") or ["nothing"])
             raise UserError(f"unsupported architecture: found {found}; supported are llama, qwen2, qwen3, mistral")
-        if c.get("quantization_config"):
-            method = c["quantization_config"].get("quant_method", "unknown method")
+        if quantised := c.get("quantization_config"):
+            method = quantised.get("quant_method", "unknown method") if isinstance(quantised, dict) else quantised
             raise UserError(f"unsupported quantisation: found {method}; supported are bfloat16, float16, float32 weights")
         if c.get("hidden_act", "silu") != "silu":
             raise UserError(f"unsupported activation: found {c['hidden_act']}; supported is silu")
@@ -92,6 +92,8 @@ class Config:
             if rope.get("partial_rotary_factor", c.get("partial_rotary_factor", 1.0)) != 1.0:
                 raise UserError("unsupported RoPE: partial_rotary_factor other than 1")
             if rope["rope_type"] == "yarn":
+                if odd := {"mscale", "mscale_all_dim", "truncate"} & rope.keys():
+                    raise UserError(f"unsupported YaRN option: found {', '.join(sorted(odd))}")
                 rope.setdefault("original_max_position_embeddings", context)
                 context = max(context, int(rope["factor"] * rope["original_max_position_embeddings"]))
             # A window that is as long as the context is no window.  Only Mistral's needs no switch to be in force.
@@ -99,6 +101,12 @@ class Config:
             if window and window < context:
                 raise UserError(f"unsupported attention: sliding window of {window} positions; supported is full attention")
             attention_bias = bool(c.get("attention_bias", False))
+            for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+                         "max_position_embeddings"):
+                if not isinstance(c[name], int) or c[name] < 1:
+                    raise UserError(f"config.json: {name} is {c[name]!r}, not a positive whole number")
+            if not float(rope.get("factor", 1)) > 0:
+                raise UserError(f"config.json: the RoPE factor is {rope['factor']}, not above 0")
             return Config(
                 model_type=kind, vocab_size=c["vocab_size"], d=d, layers=c["num_hidden_layers"], heads=heads,
                 kv_heads=c.get("num_key_value_heads") or heads, head_dim=c.get("head_dim") or d // heads,
@@ -108,6 +116,8 @@ class Config:
                 mlp_bias=bool(c.get("mlp_bias", False)), qk_norm=kind == "qwen3", eos_ids=eos_ids)
         except KeyError as error:
             raise UserError(f"config.json lacks {error.args[0]}") from None
+        except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+            raise UserError(f"config.json has a value of the wrong kind ({error}): download it again") from None
 
 
 # What each supported kind of rotary embedding must state in config.json.
@@ -143,44 +153,41 @@ def rope_frequencies(config: Config) -> tuple[Tensor, float]:
     def dimension(turns: float) -> float:  # the index at which a dimension makes that many turns over the old context
         return h * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(base))
 
-    first, last = dimension(rope.get("beta_fast") or 32), dimension(rope.get("beta_slow") or 1)
-    if rope.get("truncate", True):
-        first, last = math.floor(first), math.ceil(last)
-    first, last = max(first, 0), min(last, h - 1)
+    first = max(math.floor(dimension(rope.get("beta_fast") or 32)), 0)
+    last = min(math.ceil(dimension(rope.get("beta_slow") or 1)), h - 1)
     stretch = ((torch.arange(h // 2, device="cpu") - first) / max(last - first, 0.001)).clamp(0, 1)
 
-    def magnitude(scale: float) -> float:
-        return 0.1 * scale * math.log(s) + 1 if s > 1 else 1.0
-
-    factor = rope.get("attention_factor")
-    if factor is None:
-        m, m_all = rope.get("mscale"), rope.get("mscale_all_dim")
-        factor = magnitude(m) / magnitude(m_all) if m and m_all else magnitude(1)
+    factor = rope.get("attention_factor") or (0.1 * math.log(s) + 1 if s > 1 else 1.0)
     return stretch * freq / s + (1 - stretch) * freq, factor
 
 
 # ------------------------------------------------------------------------------------------------------ transformer
 
 
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, accumulated in float32 or wider."""
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [..., n] times weight [m, n] transposed -> [..., m].
 
-    def __init__(self, width: int, eps: float):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+    On a CPU PyTorch sums the products of a single row in another order than those of several.  A single row is therefore
+    multiplied as two: then a row's bits (in bfloat16) do not depend on how many rows stand beside it.
+    """
+    if x.device.type == "cpu" and x.dtype == torch.bfloat16 and x.numel() == x.shape[-1]:
+        return F.linear(torch.cat([x, x]), weight, bias)[:1]
+    return F.linear(x, weight, bias)
 
+
+class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return linear(x, self.weight, self.bias)
 
 
 class Attention(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
         self.H, self.K, self.h = c.heads, c.kv_heads, c.head_dim
-        self.qkv = nn.Linear(c.d, (self.H + 2 * self.K) * self.h, bias=c.qkv_bias)  # one matrix: one read, one launch
-        self.o = nn.Linear(self.H * self.h, c.d, bias=c.o_bias)
+        self.qkv = Linear(c.d, (self.H + 2 * self.K) * self.h, bias=c.qkv_bias)  # one matrix: one read, one launch
+        self.o = Linear(self.H * self.h, c.d, bias=c.o_bias)
         if c.qk_norm:
-            self.q_norm, self.k_norm = RMSNorm(self.h, c.norm_eps), RMSNorm(self.h, c.norm_eps)
+            self.q_norm, self.k_norm = nn.RMSNorm(self.h, c.norm_eps), nn.RMSNorm(self.h, c.norm_eps)
         self.qk_norm = c.qk_norm
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layer: int, cache: "KVCache | None") -> Tensor:
@@ -210,8 +217,8 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
-        self.gate_up = nn.Linear(c.d, 2 * c.ffn, bias=c.mlp_bias)
-        self.down = nn.Linear(c.ffn, c.d, bias=c.mlp_bias)
+        self.gate_up = Linear(c.d, 2 * c.ffn, bias=c.mlp_bias)
+        self.down = Linear(c.ffn, c.d, bias=c.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, dim=-1)
@@ -221,8 +228,8 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
-        self.norm1, self.attention = RMSNorm(c.d, c.norm_eps), Attention(c)
-        self.norm2, self.mlp = RMSNorm(c.d, c.norm_eps), MLP(c)
+        self.norm1, self.attention = nn.RMSNorm(c.d, c.norm_eps), Attention(c)
+        self.norm2, self.mlp = nn.RMSNorm(c.d, c.norm_eps), MLP(c)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layer: int, cache: "KVCache | None") -> Tensor:
         x = x + self.attention(self.norm1(x), cos, sin, layer, cache)
@@ -237,9 +244,10 @@ class Transformer(nn.Module):
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.d)  # LongTensor [...] -> [..., d]
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.norm = RMSNorm(config.d, config.norm_eps)
-        self.head = None if config.tied else nn.Linear(config.d, config.vocab_size, bias=False)
-        self.rope, self.rope_scale = rope_frequencies(config)  # no buffer: it stays float32 whatever the weights become
+        self.norm = nn.RMSNorm(config.d, config.norm_eps)
+        self.head = None if config.tied else Linear(config.d, config.vocab_size, bias=False)
+        # cos and sin of every position so far, [positions, h].  No buffers: they stay float32 whatever the weights become.
+        self.cos = self.sin = torch.empty(0, config.head_dim)
 
     def forward(self, embeds: Tensor, cache: "KVCache | None" = None) -> Tensor:
         """Hidden states after the final norm.
@@ -249,24 +257,34 @@ class Transformer(nn.Module):
         positions of a prompt; afterwards each of its first B rows goes on by one position (T = 1).
         """
         B, T, _ = embeds.shape
-        self.rope = self.rope.to(embeds.device)
         if cache is None or cache.empty:
-            positions = torch.arange(T, device=embeds.device)[None]  # [1, T]
+            positions, longest = torch.arange(T, device=embeds.device)[None], T  # [1, T]
         else:
-            positions = cache.advance(B)  # [B, 1]
-        angles = (positions[..., None] * self.rope)[:, :, None]  # [B, T, 1, h/2], float32
-        cos, sin = angles.cos() * self.rope_scale, angles.sin() * self.rope_scale
-        cos, sin = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)  # [B, T, 1, h]
+            positions, longest = cache.advance(B), cache.S  # [B, 1]
+        cos, sin = self.rotation(positions, longest)
         x = embeds
         for layer, block in enumerate(self.blocks):
             x = block(x, cos, sin, layer, cache)
         if cache is not None and cache.empty:
-            cache.filled(T)
+            cache.lengths.fill_(T)
+            cache.host_lengths = [T] * len(cache.host_lengths)
         return self.norm(x)
 
+    def rotation(self, positions: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+        """cos and sin of positions [B, T] below `longest`: float32 [B, T, 1, h], the first half of sin negated."""
+        if longest > len(self.cos) or self.cos.device != positions.device:
+            freq, scale = rope_frequencies(self.config)
+            angles = torch.arange(-(-longest // 1024) * 1024, device="cpu")[:, None] * freq  # [positions, h/2]
+            cos, sin = angles.cos() * scale, angles.sin() * scale
+            self.cos, self.sin = torch.cat([cos, cos], -1).to(positions.device), torch.cat([-sin, sin], -1).to(positions.device)
+        return self.cos[positions][:, :, None], self.sin[positions][:, :, None]
+
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [..., d] -> float32 [..., V] (float64 from float64).  A bfloat16 product accumulates in float32."""
-        logits = F.linear(hidden, self.embed.weight if self.head is None else self.head.weight)
+        """hidden [..., d] -> float32 [..., V] (float64 from float64).
+
+        A bfloat16 product accumulates in float32 and is rounded to bfloat16 once.
+        """
+        logits = linear(hidden, self.embed.weight if self.head is None else self.head.weight)
         return logits if logits.dtype == torch.float64 else logits.float()
 
 
@@ -278,28 +296,24 @@ class KVCache:
 
     Per layer one tensor [2, rows, K, capacity, h].  Attention reads the first S positions of it, S being the longest
     length in use rounded up to a multiple of BLOCK.  The rounding keeps a row's arithmetic, hence its bits, the same
-    whichever neighbours it has (exactly so for bfloat16 on a CPU).
+    whichever neighbours it has (in bfloat16 on a CPU; elsewhere matrix products of other sizes round otherwise).
     """
 
     BLOCK = 128
 
     def __init__(self, model: Transformer, rows: int, capacity: int):
-        c, self.weight = model.config, model.embed.weight
+        c, weight = model.config, model.embed.weight
+        self.most = -(-c.context // self.BLOCK) * self.BLOCK  # positions that a row can ever hold
         self.shape = (2, rows, c.kv_heads, capacity, c.head_dim)
         # Zeros, because what is masked is still multiplied (by 0), and 0 times an uninitialised NaN is NaN.
-        self.layers = [torch.zeros(self.shape, dtype=self.weight.dtype, device=self.weight.device) for _ in model.blocks]
-        self.lengths = torch.zeros(rows, dtype=torch.long, device=self.weight.device)
+        self.layers = [torch.zeros(self.shape, dtype=weight.dtype, device=weight.device) for _ in model.blocks]
+        self.lengths = torch.zeros(rows, dtype=torch.long, device=weight.device)
         self.host_lengths = [0] * rows  # the same numbers, to be had without waiting for the device
         self.mask: Tensor | None = None
 
     @property
     def empty(self) -> bool:
         return not any(self.host_lengths)
-
-    def filled(self, T: int) -> None:
-        """Every row has taken in a prompt of T positions."""
-        self.lengths.fill_(T)
-        self.host_lengths = [T] * len(self.host_lengths)
 
     def advance(self, B: int) -> Tensor:
         """Make room for one position in each of the first B rows; their positions, LongTensor [B, 1]."""
@@ -316,7 +330,7 @@ class KVCache:
         old = self.shape[3]
         if capacity <= old:
             return
-        self.shape = (*self.shape[:3], max(capacity, 2 * old), self.shape[4])
+        self.shape = (*self.shape[:3], max(capacity, min(2 * old, self.most)), self.shape[4])
         for layer, kv in enumerate(self.layers):
             self.layers[layer] = torch.zeros(self.shape, dtype=kv.dtype, device=kv.device)
             self.layers[layer][:, :, :, :old] = kv
@@ -335,10 +349,11 @@ class KVCache:
 
     def copy_row(self, source: "KVCache", from_row: int, to_row: int) -> None:
         """Take over one row of a cache, which may be this one."""
-        T = source.host_lengths[from_row]
+        T, before = source.host_lengths[from_row], self.host_lengths[to_row]
         self.grow(T)
         for mine, theirs in zip(self.layers, source.layers):
             mine[:, to_row, :, :T] = theirs[:, from_row, :, :T]
+            mine[:, to_row, :, T:before] = 0  # what the row held before is masked, but a NaN in it would not be
         self.lengths[to_row], self.host_lengths[to_row] = T, T
 
 
@@ -354,6 +369,9 @@ class Prompt:
         if self.cache is None:
             self.cache = KVCache(model, 1, len(self.embeds))
             self.logits = model.logits(model(self.embeds[None], self.cache)[:, -1])
+            if not self.logits.isfinite().all():
+                raise UserError("the model's logits are not finite: its weights are damaged, or float16 overflows "
+                                "(then use --dtype bfloat16)")
 
 
 @dataclass(eq=False)
@@ -391,7 +409,8 @@ def decode(model: Transformer, requests: Iterable[Request | None], method, rows:
         if not n:
             return
         embeds, finished = method.step(logits)
-        for row in reversed(finished.nonzero()[:, 0].tolist()):  # the one wait for the device in a step
+        ended = finished.tolist()  # the one wait for the device in a step
+        for row in (row for row in reversed(range(n)) if ended[row]):
             yield method.end(row)
             n -= 1
             if row < n:
@@ -420,7 +439,12 @@ class Tokenizer:
     """
 
     def __init__(self, folder: Path):
-        self.core = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        if not (folder / "tokenizer.json").exists():
+            raise UserError(f"{folder} has no tokenizer.json: save the model's fast tokenizer there")
+        try:
+            self.core = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        except Exception as error:  # noqa: BLE001 (the class that the library raises for a broken file is Exception itself)
+            raise UserError(f"{folder / 'tokenizer.json'} cannot be read ({error}): download it again") from None
         self.core.no_truncation()
         self.core.no_padding()
         config = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
@@ -428,7 +452,7 @@ class Tokenizer:
         if isinstance(text, list):  # several, by name
             text = {t["name"]: t["template"] for t in text}.get("default")
         if (folder / "chat_template.jinja").exists():
-            text = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+            text = (folder / "chat_template.jinja").read_text(encoding="utf-8", errors="replace")
         self.special = {}  # bos_token, eos_token, ...: templates ask for them by these names
         for name, token in config.items():
             if name.endswith("_token") and token and not isinstance(token, bool):
@@ -459,7 +483,7 @@ class Tokenizer:
         arguments = {"tools": None, "documents": None, "add_generation_prompt": True} | self.special | template_arguments
         try:
             return self.template.render(messages=messages, **arguments)
-        except jinja2.TemplateError as error:
+        except Exception as error:  # noqa: BLE001 (a template is a program of somebody else's: it can raise anything)
             raise UserError(f"the chat template refuses these messages: {error}") from None
 
     def chat(self, messages: str | list[dict], **template_arguments) -> list[int]:
@@ -500,12 +524,15 @@ def load(name: str, device: str | None = None, dtype: torch.dtype | str | None =
     device, dtype = choose(device, dtype)
     folder = find_folder(name)
     config = read_config(folder)
-    tokenizer = read_tokenizer(folder)
+    tokenizer = Tokenizer(folder)
     with torch.device("meta"):  # shapes only: memory is asked for when it is known to suffice
         model = Transformer(config).to(dtype).requires_grad_(False)
     files = weight_files(folder)
     places = check_tensors(files, hf_tensors(model), config.tied)
     check_memory(sum(p.numel() for p in model.parameters()) * dtype.itemsize, device, dtype)
+    if device.type == "cuda":  # partial sums too, not only whole ones, are float32
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     model.to_empty(device=device)
     read_weights(places, hf_tensors(model))
     return model.eval(), tokenizer
@@ -534,9 +561,12 @@ def choose(device: str | None, dtype: torch.dtype | str | None) -> tuple[torch.d
 
 def find_folder(name: str) -> Path:
     """The folder of a model's files, downloaded first where `name` is no folder.  What is in the cache works offline."""
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return path
+    try:
+        path = Path(name).expanduser()
+        if path.is_dir():
+            return path
+    except (OSError, RuntimeError) as error:  # a name that no file can have, a home folder of nobody
+        raise UserError(f"no folder {name[:80]} ({error})") from None
     repo = ALIASES.get(name.lower(), name)
     if path.is_absolute() or name.startswith(".") or repo.count("/") > 1:
         raise UserError(f"no folder {name}: pass a folder with config.json, tokenizer.json and *.safetensors")
@@ -554,42 +584,34 @@ def find_folder(name: str) -> Path:
     except (hub_errors.RepositoryNotFoundError, hub_errors.HFValidationError):
         raise UserError(f"no repository {repo} on Hugging Face (misspelt, or private: run `hf auth login`); "
                         "or pass a folder") from None
-    except (hub_errors.LocalEntryNotFoundError, hub_errors.OfflineModeIsEnabled, hub_errors.HfHubHTTPError, OSError) as error:
+    except Exception as error:  # noqa: BLE001 (no network, no space, a broken transfer: the classes change with the library)
         raise UserError(f"cannot download {repo}, and it is not in the cache ({type(error).__name__}): "
                         "check the network, or pass a folder") from None
 
 
 def read_json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path.parent} has no {path.name}: not a Hugging Face model folder") from None
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} is not JSON ({error}): download it again") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not a JSON object: download it again")
+    return content
 
 
 def read_config(folder: Path) -> Config:
     config = read_json(folder / "config.json")
     generation = folder / "generation_config.json"
-    eos_ids = []
+    eos_ids = set()
     for source in (config, read_json(generation) if generation.exists() else {}):
         ids = source.get("eos_token_id")
-        eos_ids += ids if isinstance(ids, list) else [] if ids is None else [ids]
+        eos_ids |= {i for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int)}
     try:
-        return Config.from_json(config, tuple(sorted(set(eos_ids))))
+        return Config.from_json(config, tuple(sorted(eos_ids)))
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
-
-
-def read_tokenizer(folder: Path) -> Tokenizer:
-    if not (folder / "tokenizer.json").exists():
-        raise UserError(f"{folder} has no tokenizer.json: save the model's fast tokenizer there")
-    try:
-        return Tokenizer(folder)
-    except UserError:
-        raise
-    except Exception as error:  # noqa: BLE001 (the class that the library raises for a broken file is Exception itself)
-        raise UserError(f"{folder / 'tokenizer.json'} cannot be read ({error}): download it again") from None
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -598,7 +620,10 @@ def weight_files(folder: Path) -> list[Path]:
     if (folder / "model.safetensors").exists():
         return [folder / "model.safetensors"]
     if index.exists():
-        names = sorted(set(read_json(index).get("weight_map", {}).values()))
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise UserError(f"{index} has no weight_map of file names: download it again")
+        names = sorted(set(weight_map.values()))
         if any(Path(name).name != name for name in names):
             raise UserError(f"{index} names files outside its folder: refused")
         if missing := [name for name in names if not (folder / name).exists()]:

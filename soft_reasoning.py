@@ -125,7 +125,7 @@ class Rollouts:
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
         device, N = model.embed.weight.device, min(settings.max_new_tokens, model.config.context)
         self.eos = torch.tensor(model.config.eos_ids, device=device)
-        self.requests: list[Request | None] = [None] * rows
+        self.jobs: list[tuple | None] = [None] * rows  # (search, place, generation)
 
         def per_row(*shape: int, dtype=torch.float32) -> Tensor:
             return torch.zeros(rows, *shape, dtype=dtype, device=device)
@@ -140,7 +140,7 @@ class Rollouts:
 
     def begin(self, row: int, request: Request) -> None:
         g: Generation = request.data[-1]
-        self.requests[row] = request
+        self.jobs[row] = request.data
         self.t[row], self.rank[row] = 0, g.rank
         self.limit[row] = min(self.settings.max_new_tokens, self.model.config.context - len(request.prompt.embeds))
         self.offset[row] = 0 if g.offset is None else g.offset.to(self.offset)
@@ -157,7 +157,9 @@ class Rollouts:
         width = max(2, s.num_samples if s.method == "cot-decoding" else 2)
         top, ids = p.topk(min(width, p.shape[1]))  # [n, width]
         first = t == 0
-        token = ids.gather(1, torch.where(first, self.rank[:n], 0)[:, None])[:, 0]
+        # argmax, not the first of top-k: of equally probable tokens the two may name different ones.
+        branch = ids.gather(1, self.rank[:n, None])[:, 0]
+        token = torch.where(first & (self.rank[:n] > 0), branch, logits.argmax(-1))
         if s.method in ("sc", "fire"):  # sampling by inverting the distribution function
             heat = self.heat[rows, torch.where(first, 0, 1)]
             hot = torch.softmax(logits / heat.clamp(min=1e-3)[:, None], -1)
@@ -174,14 +176,14 @@ class Rollouts:
         return embeds, (token[:, None] == self.eos).any(-1) | (t + 1 >= self.limit[:n])
 
     def move(self, from_row: int, to_row: int) -> None:
-        for x in (*self.state, self.requests):
+        for x in (*self.state, self.jobs):
             x[to_row] = x[from_row]
 
     def end(self, row: int) -> tuple[tuple, Outcome]:
         n, eos = int(self.t[row]), self.model.config.eos_ids
         ids = self.tokens[row, :n].tolist()
         text = self.tokenizer.decode([i for i in ids if i not in eos])
-        return self.requests[row].data, Outcome(text, ids, self.probs[row, :n].tolist(), self.margins[row, :n].tolist(),
+        return self.jobs[row], Outcome(text, ids, self.probs[row, :n].tolist(), self.margins[row, :n].tolist(),
                                                 ids[-1] in eos)
 
 
@@ -557,7 +559,7 @@ def command_line() -> argparse.ArgumentParser:
 
 
 def fail(message: str) -> int:
-    print(f"soft_reasoning.py: {message}", file=sys.stderr)
+    print("soft_reasoning.py:", " ".join(message.split()), file=sys.stderr)
     return 2
 
 
@@ -651,6 +653,7 @@ def score(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a terminal without Unicode gets question marks, not a traceback
     code = main()
     sys.stdout.flush()
     os._exit(code)  # at once: the interpreter would take most of a second to unload PyTorch, also after Ctrl-C

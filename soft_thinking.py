@@ -18,6 +18,7 @@ Stochastic variants (arXiv 2508.03440): `--noise gumbel` and `--noise dirichlet`
 import argparse
 import hashlib
 import os
+import re
 import resource
 import sys
 import time
@@ -83,7 +84,7 @@ class Settings:
             if not getattr(self, name) >= low:
                 raise ValueError(f"{name} must be at least {low}, not {getattr(self, name)}")
         for name in ("gumbel_temperature", "dirichlet_alpha"):
-            if not getattr(self, name) > 0:
+            if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
         if self.noise and self.method != "soft":
             raise ValueError(f"noise changes concept tokens: it needs method soft, not {self.method}")
@@ -109,8 +110,8 @@ def truncated(logits: Tensor, temperature: float, top_k: int, top_p: float, min_
     logits [B, V] -> ids [B, K] by falling probability, probs [B, K] that sum to 1 (0 where cut off), and the entropy
     [B] in nats of softmax(logits / temperature) over the whole vocabulary.  K = top_k, or V where top_k is 0.
     """
-    z = logits.float() / temperature
-    z = z.sub_(z.amax(-1, keepdim=True)).clamp_(min=-1e4)  # finite, so that a masked token adds 0 to H, not NaN
+    z = logits.float()
+    z = ((z - z.amax(-1, keepdim=True)) / temperature).clamp_(min=-1e4)  # finite: a masked token adds 0 to H, not NaN
     p = torch.softmax(z, dim=-1)
     # log p = z - log sum exp z, and log sum exp z = -log max p, since max z = 0: no logarithm per token.  One row is
     # summed as two, since PyTorch sums a single row in another order, and a row must not depend on its batch.
@@ -148,6 +149,13 @@ def concept_embedding(embedding_weight: Tensor, ids: Tensor, probs: Tensor) -> T
     return (embedding_weight[ids] * probs[..., None]).sum(-2).to(embedding_weight.dtype)
 
 
+def dirichlet(rng: np.random.Generator, ct: np.ndarray, alpha: float) -> np.ndarray:
+    """A draw from Dirichlet(alpha ct), ct [n] -> [n]: normalised Gamma draws.  Where alpha is so small that all of them
+    underflow, its limit: one component, drawn from ct."""
+    gamma = rng.standard_gamma(alpha * ct)
+    return gamma / gamma.sum() if gamma.any() else rng.multinomial(1, ct / ct.sum()).astype(float)
+
+
 def draw(ids: Tensor, probs: Tensor, u: Tensor) -> Tensor:
     """Ordinary sampling by inverting the distribution function: ids, probs [B, K], u [B] uniform on [0, 1) -> [B]."""
     mass = probs.cumsum(-1)
@@ -170,6 +178,7 @@ def build_prompt(tokenizer: Tokenizer, question: str) -> str:
     knows = tokenizer.core.token_to_id(END) is not None
     # Some Llama templates print today's date; a fixed one keeps a run repeatable.
     text = tokenizer.render(question if knows else f"{question}\n\n{INSTRUCTION}", date_string="26 Jul 2024")
+    text = re.sub(rf"{THINK}\s*{END}\s*$", "", text)  # a template that skips the thought is not followed in that
     return text if text.rstrip().endswith(THINK) else text + THINK + "\n"
 
 
@@ -217,7 +226,7 @@ class SoftThinking:
         self.automaton = marker_automaton(tokenizer, model.config.vocab_size).to(device)
         self.marker = torch.tensor(tokenizer.encode(END), device=device)
         self.eos = torch.tensor(model.config.eos_ids, device=device)
-        self.requests: list[Request | None] = [None] * rows
+        self.jobs: list[Job | None] = [None] * rows
         self.rngs: list[np.random.Generator | None] = [None] * rows
         self.started = [0.0] * rows
 
@@ -243,7 +252,7 @@ class SoftThinking:
 
     def begin(self, row: int, request: Request) -> None:
         s, N = self.settings, self.tokens.shape[1]
-        self.requests[row], self.started[row] = request, time.perf_counter()
+        self.jobs[row], self.started[row] = request.data, time.perf_counter()
         # All of a row's randomness comes from its own generator: neighbours, order and batch size do not enter.
         rng = self.rngs[row] = np.random.default_rng(request.data.seeds)
         self.u[row] = torch.from_numpy(rng.random(N, dtype=np.float32))
@@ -264,15 +273,14 @@ class SoftThinking:
         ct = ct / ct.sum(-1, keepdim=True)
         if s.noise == "gumbel":
             ct = torch.softmax((ct.log() + self.g[rows, t]) / s.gumbel_temperature, dim=-1)
-        elif s.noise == "dirichlet":  # a Dirichlet draw is normalised Gamma draws; each row has its own generator
-            gamma = [rng.standard_gamma(s.dirichlet_alpha * c) for rng, c in zip(self.rngs, ct.double().cpu().numpy())]
-            ct = torch.tensor(np.stack(gamma), device=ct.device)
-            ct = (ct / ct.sum(-1, keepdim=True)).float()
+        elif s.noise == "dirichlet":
+            drawn = [dirichlet(rng, c, s.dirichlet_alpha) for rng, c in zip(self.rngs, ct.double().cpu().numpy())]
+            ct = torch.tensor(np.stack(drawn), dtype=torch.float32, device=ct.device)
 
         # The token of this step: of a concept token its most probable component.
         u = self.u[rows, t]
         if s.method == "greedy":
-            token = kept_ids[:, 0]
+            token = logits.argmax(-1)
         else:
             answer = (s.answer_temperature, s.answer_top_k, s.answer_top_p, s.answer_min_p)
             if answer == (s.temperature, s.top_k, s.top_p, s.min_p):
@@ -282,7 +290,7 @@ class SoftThinking:
             thought = ids.gather(-1, ct.argmax(-1, keepdim=True))[:, 0] if s.method == "soft" else draw(kept_ids, kept, u)
             token = torch.where(thinking, thought, spoken)
         matched = self.automaton[self.matched[:n], token].long()
-        by_itself = thinking & (matched == len(END))
+        by_itself = thinking & (matched == len(END)) & (self.forced[:n] == 0)
 
         # Cold Stop: after k sure steps feed </think> instead, token by token where the model has no single one.
         calm = torch.where(H < s.cold_stop_entropy, self.calm[:n] + 1, 0)
@@ -290,7 +298,7 @@ class SoftThinking:
         if s.cold_stop:
             force = thinking & ~by_itself & ((calm >= s.cold_stop_steps) | (forced > 0))
             token = torch.where(force, self.marker[forced.clamp(max=len(self.marker) - 1)], token)
-            forced = forced + force
+            forced, matched = forced + force, torch.where(force, 0, matched)  # what the model would have said is not fed
         else:
             force = torch.zeros_like(thinking)
         ended = by_itself | (force & (forced == len(self.marker)))
@@ -300,10 +308,10 @@ class SoftThinking:
             discrete = (~thinking | by_itself | force)[:, None]
             one = torch.zeros_like(ct)
             one[:, 0] = 1
-            embeds = concept_embedding(self.model.embed.weight, torch.where(discrete, token[:, None], ids),
-                                       torch.where(discrete, one, ct))
+            fed_ids, fed = torch.where(discrete, token[:, None], ids), torch.where(discrete, one, ct)
+            embeds = concept_embedding(self.model.embed.weight, fed_ids, fed)
         else:
-            embeds = self.model.embed(token)
+            embeds, fed_ids, fed = self.model.embed(token), token[:, None], torch.ones_like(token[:, None])
 
         self.tokens[rows, t] = token
         if self.trace:
@@ -314,17 +322,17 @@ class SoftThinking:
         self.thinking[:n] = thinking & ~ended
         self.calm[:n], self.forced[:n], self.matched[:n] = calm, forced, torch.where(thinking & ~ended, matched, 0)
         if self.watch:
-            self.watch(token[0], thinking[0], ids[0], ct[0])
-        eos = (token[:, None] == self.eos).any(-1) & ~force
+            self.watch(token[0], thinking[0], fed_ids[0], fed[0])
+        eos = (token[:, None] == self.eos).any(-1)
         return embeds, eos | (t + 1 >= self.limit[:n])
 
     def move(self, from_row: int, to_row: int) -> None:
-        for x in (*self.state, self.requests, self.rngs, self.started):
+        for x in (*self.state, self.jobs, self.rngs, self.started):
             x[to_row] = x[from_row]
 
     def end(self, row: int) -> dict:
         """The row's part of a record: ids, counts, and why it stopped."""
-        job, t, thought = self.requests[row].data, int(self.t[row]), int(self.thought[row])
+        job, t, thought = self.jobs[row], int(self.t[row]), int(self.thought[row])
         tokens = self.tokens[row, :t].tolist()
         eos = tokens[-1] in self.model.config.eos_ids
         if bool(self.forced[row] == len(self.marker)):
@@ -362,13 +370,15 @@ def think(model: Transformer, tokenizer: Tokenizer, questions: list[str], settin
     A record holds question, prompt, method, settings, seed, sample, thought_ids, thought_text, answer_ids, answer_text,
     stopped_by ("think_end" | "cold_stop" | "length"), finish_reason ("stop" | "length"), thought_tokens, answer_tokens
     (the end-of-sequence token counted), seconds, and with trace: steps, one {entropy, ids, probs} per thinking step.
-    watch(token, thinking, ids, probs) is called at every step with row 0's, as tensors.
+    watch(token, thinking, ids, probs) is called at every step with what is fed in row 0, as tensors.
     UserError for an empty question, or a prompt that is longer than the context window.
     """
     jobs = []
     for index, (question, sample) in enumerate(zip(questions, samples or [0] * len(questions))):
         if not question.strip():
             raise UserError("the question is empty: pass --question TEXT")
+        if any("\ud800" <= c <= "\udfff" for c in question):
+            raise UserError("the question is not valid UTF-8 text")
         prompt = build_prompt(tokenizer, question)
         check_prompt(model.config, tokenizer.encode(prompt))
         seeds = (seed, int.from_bytes(hashlib.sha256(question.encode()).digest()[:8], "little"), sample)
@@ -411,7 +421,7 @@ class View:
     def __call__(self, token: Tensor, thinking: Tensor, ids: Tensor, probs: Tensor) -> None:
         if self.was_thinking and not thinking:
             self.was_thinking, self.stream = False, DecodeStream(skip_special_tokens=True)
-            print(f"{self.bold}{self.plain}", file=self.out)
+            print(file=self.out)
         text = self.stream.step(self.tokenizer.core, int(token)) or ""  # a character may need several tokens
         self.out.write(text)
         if thinking:
@@ -468,7 +478,7 @@ def command_line() -> argparse.ArgumentParser:
 
 
 def fail(message: str) -> int:
-    print(f"soft_thinking.py: {message}", file=sys.stderr)
+    print("soft_thinking.py:", " ".join(message.split()), file=sys.stderr)
     return 2
 
 
@@ -559,6 +569,7 @@ def score(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a terminal without Unicode gets question marks, not a traceback
     code = main()
     sys.stdout.flush()
     os._exit(code)  # at once: the interpreter would take most of a second to unload PyTorch, also after Ctrl-C

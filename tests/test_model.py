@@ -62,6 +62,50 @@ def test_decoding_with_the_cache_equals_the_whole_sequence_at_once(family, folde
     assert cache.host_lengths == [40, 40, 23] == cache.lengths.tolist()
 
 
+def test_the_cache_grows_past_its_blocks_and_not_past_the_context(folder_of):
+    folder = folder_of("llama2")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 700}))
+    model, _ = load(str(folder), "cpu", "float32")
+    embeds = model.embed(torch.randint(0, 272, (2, 690), generator=torch.Generator().manual_seed(0)))
+    whole, cache, lengths = model(embeds), KVCache(model, 2, 128), (100, 3)  # rows in different blocks
+    for row, T in enumerate(lengths):
+        prefilled = KVCache(model, 1, T)
+        model(embeds[row : row + 1, :T], prefilled)
+        cache.copy_row(prefilled, 0, row)
+    for t in range(590):
+        hidden = model(torch.stack([embeds[row, T + t] for row, T in enumerate(lengths)])[:, None], cache)
+        if t % 97 == 0 or t == 589:
+            for row, T in enumerate(lengths):
+                assert close(hidden[row, 0], whole[row, T + t], 1e-4)
+    assert cache.layers[0].shape[3] == 768  # 700 in blocks of 128
+
+
+def test_what_a_row_held_before_does_not_come_back(folder_of):
+    model, _ = load(str(folder_of("llama2")), "cpu", "float32")
+    cache, long, short = KVCache(model, 1, 128), KVCache(model, 1, 30), KVCache(model, 1, 5)
+    embeds = model.embed(torch.arange(30))[None]
+    model(embeds, long)
+    model(embeds[:, :5], short)
+    for layer in long.layers:
+        layer.fill_(float("nan"))
+    cache.copy_row(long, 0, 0)
+    cache.copy_row(short, 0, 0)
+    assert close(model(embeds[:, 5:6], cache)[0, 0], model(embeds[:, :6])[0, 5], 1e-5)
+
+
+@pytest.mark.skipif(M.choose("cpu", None)[1] != torch.bfloat16, reason="this processor has no bfloat16 instructions")
+@pytest.mark.parametrize("n, m", [(1536, 576), (3584, 512), (640, 192)])
+def test_a_row_of_a_bfloat16_product_has_the_same_bits_in_every_batch(n, m):
+    generator = torch.Generator().manual_seed(0)
+    weight, bias = (torch.randn(m, n, generator=generator) * 0.05).bfloat16(), torch.randn(m, generator=generator).bfloat16()
+    for _ in range(20):
+        x = torch.randn(16, 1, n, generator=generator).bfloat16()
+        whole = M.linear(x, weight, bias)
+        for rows in (1, 2, 3, 5, 8):
+            assert torch.equal(M.linear(x[:rows], weight, bias), whole[:rows])
+
+
 def test_right_padding_and_later_positions_change_nothing_before(folder_of):
     model, _ = load(str(folder_of("qwen3")), "cpu", "float32")
     a, b = torch.randn(1, 20, 32), torch.randn(1, 20, 32)
@@ -87,7 +131,8 @@ def test_the_gradient_with_respect_to_the_embeddings_is_a_finite_difference():
 
 def test_a_bfloat16_model_keeps_its_rotary_frequencies_in_float32():
     model = Transformer(Config.from_json(FAMILIES["llama3"])).to(torch.bfloat16)
-    assert model.rope.dtype == torch.float32
+    model(torch.zeros(1, 3, 32, dtype=torch.bfloat16))
+    assert model.cos.dtype == torch.float32
     assert model.logits(torch.zeros(2, 32, dtype=torch.bfloat16)).dtype == torch.float32
 
 
@@ -279,6 +324,35 @@ def test_a_cached_model_works_without_a_network(folder_of, tmp_path):
     assert out.stdout.strip() == "272"
 
 
+@pytest.mark.parametrize("error, said", [
+    ("GatedRepoError", "is gated: accept its terms at https://huggingface.co/meta-llama/Llama-3.1-8B-Instruct, then run `hf auth login`"),
+    ("RepositoryNotFoundError", "no repository meta-llama/Llama-3.1-8B-Instruct on Hugging Face"),
+    ("LocalEntryNotFoundError", "cannot download meta-llama/Llama-3.1-8B-Instruct, and it is not in the cache"),
+    (None, "cannot download meta-llama/Llama-3.1-8B-Instruct"),
+])
+def test_what_the_hub_answers_is_one_line_with_a_remedy(error, said, monkeypatch):
+    kind = getattr(M.hub_errors, error) if error else TimeoutError
+
+    def download(*args, **options):
+        assert options["allow_patterns"] == ["*.safetensors", "*.json", "chat_template.jinja"]
+        raise kind.__new__(kind)
+
+    monkeypatch.setattr(M.huggingface_hub, "snapshot_download", download)
+    with pytest.raises(UserError, match=said):
+        load("llama-3.1-8b")
+
+
+def test_float16_loads_and_damaged_weights_are_noticed_at_the_first_prompt(folder_of):
+    folder = folder_of("qwen2")
+    model, _ = load(str(folder), "cpu", "float16")
+    prompt = Prompt(model.embed(torch.tensor([1, 2, 3])))
+    prompt.prefill(model)
+    assert prompt.cache.layers[0].dtype == torch.float16
+    model.norm.weight.fill_(float("nan"))
+    with pytest.raises(UserError, match="not finite"):
+        Prompt(model.embed(torch.tensor([1, 2, 3]))).prefill(model)
+
+
 # --------------------------------------------------------------------------------------------------------- tokenizer
 
 
@@ -320,6 +394,7 @@ def test_the_template_file_goes_before_the_configuration_and_lists_have_a_defaul
     ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "unsafe"),
     ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
     ("{{ messages.append(1) }}", "unsafe|not safely"),
+    ("{{ 1 + 'x' }}", "unsupported operand"),
 ])
 def test_templates_run_in_the_sandbox_and_may_refuse(template, said, tmp_path):
     write_tokenizer(tmp_path, True, template)
@@ -346,6 +421,14 @@ def edit(folder: Path, **changes):
     ({"quantization_config": {"quant_method": "gptq"}}, "unsupported quantisation: found gptq"),
     ({"model_type": "mistral", "sliding_window": 16, "use_sliding_window": "DELETE"}, "sliding window of 16"),
     ({"use_sliding_window": True, "sliding_window": 16}, "sliding window of 16"),
+    ({"rope_scaling": {"type": "yarn", "factor": 4.0, "truncate": False}}, "unsupported YaRN option: found truncate"),
+    ({"rope_scaling": {"type": "linear", "factor": 0}}, "the RoPE factor is 0"),
+    ({"rope_scaling": {"type": "linear", "factor": "two"}}, "a value of the wrong kind"),
+    ({"rope_scaling": "yarn"}, "a value of the wrong kind"),
+    ({"hidden_size": None}, "hidden_size is None, not a positive whole number"),
+    ({"num_hidden_layers": "two"}, "num_hidden_layers is 'two'"),
+    ({"num_attention_heads": 0}, "num_attention_heads is 0"),
+    ({"quantization_config": "gptq"}, "unsupported quantisation: found gptq"),
     ({"hidden_size": "DELETE"}, "config.json lacks hidden_size"),
     ({"num_hidden_layers": 3}, r"12 missing \(model.layers.2.input_layernorm.weight, .*, \.\.\.\)"),
     ({"num_hidden_layers": 1}, r"12 unexpected \(model.layers.1"),
@@ -372,6 +455,9 @@ def test_folders_that_lack_something_are_refused(folder_of, tmp_path):
         load(str(tmp_path / "nowhere"))
     (folder / "config.json").write_text("{")
     with pytest.raises(UserError, match="config.json is not JSON"):
+        load(str(folder), "cpu")
+    (folder / "config.json").write_text("[]")
+    with pytest.raises(UserError, match="config.json is not a JSON object"):
         load(str(folder), "cpu")
     (folder / "tokenizer.json").write_text("{}")
     shutil.copy(GOLDEN / "qwen2/config.json", folder)
@@ -415,6 +501,8 @@ def test_a_tied_head_and_old_rotary_tensors_in_the_file_are_no_error(folder_of):
     ("qwen2.5-7", "unknown model qwen2.5-7: nearest aliases are qwen2.5-7b"),
     ("Qwen3-8", "nearest aliases are qwen3-8b"),
     ("a/b/c", "no folder a/b/c"),
+    ("~nobody-of-that-name/x", "no folder ~nobody"),
+    ("x" * 5000, "no folder xxx"),
 ])
 def test_misspelt_names_get_the_nearest(name, said):
     with pytest.raises(UserError, match=said):

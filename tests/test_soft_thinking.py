@@ -1,5 +1,6 @@
 """soft_thinking.py against hand-computed values, a slow independent implementation, and scripted logits."""
 
+import io
 import json
 import math
 import signal
@@ -10,7 +11,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, TEMPLATE, write_tokenizer
 from make_golden import FAMILIES
 
 from model import Config, Prompt, Request, Tokenizer, Transformer, UserError, load
@@ -19,9 +20,11 @@ from soft_thinking import (
     Job,
     Settings,
     SoftThinking,
+    View,
     build_prompt,
     concept_embedding,
     concept_token,
+    dirichlet,
     draw,
     main,
     marker_automaton,
@@ -196,8 +199,15 @@ def test_prompts_open_the_thought_and_only_instruct_models_are_told_how(folder_o
     assert told.endswith("<|im_start|>assistant\n<think>\n")
 
 
+def test_a_thought_that_the_template_skips_is_opened_again_and_dates_are_fixed(folder_of):
+    folder = folder_of("qwen2")
+    write_tokenizer(folder, True, TEMPLATE + "<think>\n\n</think>\n\n")
+    assert build_prompt(Tokenizer(folder), "Why?").endswith("assistant\n<think>\n")
+    write_tokenizer(folder, True, "{{ date_string }}")
+    assert build_prompt(Tokenizer(folder), "Why?") == "26 Jul 2024<think>\n"
+
+
 def test_a_template_that_opens_the_thought_itself_is_left_alone(folder_of):
-    from conftest import TEMPLATE, write_tokenizer
     folder = folder_of("qwen2")
     write_tokenizer(folder, True, TEMPLATE + "<think>\n")
     assert build_prompt(Tokenizer(folder), "Why?").count("<think>") == 1
@@ -249,6 +259,36 @@ def test_in_the_answer_phase_a_spread_distribution_is_sampled(folder_of):
     answers = record["answer_ids"][:-1]
     assert set(answers) == {20, 21, 22}
     assert all(torch.equal(x, e[i]) for x, i in zip(fed[1:], answers))
+
+
+def test_the_answer_has_settings_of_its_own(folder_of):
+    """Not silently those of the thought: with answer_top_k 1, or hardly any temperature, the answer is argmax."""
+    model = Transformer(Config.from_json(FAMILIES["qwen2"], eos_ids=(257,))).requires_grad_(False)
+    logits = torch.full((200, 272), -1e9)
+    logits[:, 20], logits[:, 21] = 0.1, 0.0
+    for options, drawn in (({}, {20, 21}), ({"answer_top_k": 1}, {20}), ({"answer_temperature": 1e-3}, {20}),
+                           ({"answer_top_p": 0.3}, {20}), ({"answer_min_p": 0.95}, {20})):
+        method = SoftThinking(model, Tokenizer(folder_of("qwen2", name=str(options))), Settings(**options), 200)
+        for row in range(200):
+            method.begin(row, Request(Prompt(torch.zeros(1, 32)), Job(0, "q", "p", row, (0, 0, row))))
+        method.thinking[:] = False
+        method.step(logits)
+        assert set(method.tokens[:, 0].tolist()) == drawn
+
+
+def test_greedy_is_argmax_also_among_equals(folder_of):
+    record, _, _ = scripted(folder_of("qwen2"), Settings(method="greedy"), [tuple(range(40, 250)), 259, 257])
+    assert record["thought_ids"][0] == 40
+
+
+def test_what_the_model_would_have_said_while_cold_stop_speaks_counts_for_nothing(folder_of):
+    folder = folder_of("qwen2", thinking=False)
+    marker = Tokenizer(folder).encode(END)
+    settings = Settings(cold_stop_steps=3)
+    # The model spells </think> itself, but from the third sure step on it is Cold Stop's that is fed.
+    record, fed, e = scripted(folder, settings, [32, *marker, 40, 41, 257, 257, 257])
+    assert record["thought_ids"] == [32, marker[0], *marker] and record["stopped_by"] == "cold_stop"
+    assert torch.equal(torch.stack(fed[2:10]), e[marker])
 
 
 def test_textual_markers_end_the_thought_and_are_forced_token_by_token(folder_of):
@@ -306,6 +346,15 @@ def test_gumbel_noise_of_low_temperature_picks_tokens_as_often_as_the_concept_to
     share = torch.bincount(method.tokens[:, 0], minlength=3) / 4000
     assert torch.allclose(share, torch.tensor([0.6, 0.3, 0.1]), atol=0.03)  # four standard deviations
     assert method.steps[2][:, 0].max(-1).values.mean() > 0.999
+
+
+def test_dirichlet_draws_are_distributions_for_any_alpha():
+    ct, rng = np.array([0.6, 0.3, 0.1, 0.0]), np.random.default_rng(0)
+    for alpha in (1e-300, 1e-3, 1.0, 1e6):
+        drawn = np.array([dirichlet(rng, ct, alpha) for _ in range(500)])
+        assert np.allclose(drawn.sum(1), 1) and (drawn[:, 3] == 0).all()
+        assert np.allclose(drawn.mean(0), ct, atol=0.09)
+    assert np.allclose(drawn, ct, atol=0.01)
 
 
 @pytest.mark.parametrize("alpha", [1.0, 20.0])
@@ -395,6 +444,26 @@ def test_one_question_prints_the_thought_the_answer_and_a_summary(folder_of, cap
         assert sum(step["probs"]) == pytest.approx(1, abs=1e-5) and len(step["ids"]) == len(step["probs"]) <= 10
 
 
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("no_color", ["", "1"])
+def test_the_view_shows_what_is_fed_and_colours_a_terminal_only(no_color, folder_of, monkeypatch):
+    monkeypatch.setenv("NO_COLOR", no_color)
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    view = View(Tokenizer(folder_of("qwen2")))
+    a, b = 65, 66  # single bytes; which letters they are does not matter
+    view(torch.tensor(a), torch.tensor(True), torch.tensor([a, b, 67]), torch.tensor([0.6, 0.35, 0.05]))
+    view(torch.tensor(a), torch.tensor(True), torch.tensor([a, b]), torch.tensor([1.0, 0.0]))
+    view(torch.tensor(b), torch.tensor(False), torch.tensor([b]), torch.tensor([1.0]))
+    text = sys.stdout.getvalue()
+    letter = view.tokenizer.decode([a]), view.tokenizer.decode([b])
+    assert f"[{letter[1]!r} 0.35]" in text and text.count("[") - text.count("\033[") == 1
+    assert ("\033[" in text) == (no_color == "")
+
+
 def test_started_again_it_goes_on_and_other_settings_are_refused(folder_of, capsys, tmp_path):
     out = tmp_path / "out.jsonl"
     arguments = ["--model", str(folder_of("qwen3")), "--question", "Why?", "--max-new-tokens", "9", "--device", "cpu",
@@ -412,6 +481,9 @@ def test_started_again_it_goes_on_and_other_settings_are_refused(folder_of, caps
 
 @pytest.mark.parametrize("arguments, said", [
     (["--question", ""], "the question is empty"),
+    (["--question", "\udcff"], "not valid UTF-8"),
+    (["--question", "x", "--gumbel-temperature", "inf"], "--gumbel-temperature must be above 0, not inf"),
+    (["--question", "x", "--model", "a\nb"], "unknown model a b"),
     (["--question", "x", "--top-p", "0"], "--top-p must be above 0 and at most 1, not 0.0"),
     (["--question", "x", "--temperature", "-1"], "--temperature must be above 0, not -1.0"),
     (["--question", "x", "--answer-min-p", "7"], "--answer-min-p must be between 0 and 1, not 7.0"),
