@@ -22,6 +22,7 @@ import argparse
 import hashlib
 import math
 import os
+import re
 import sys
 import time
 from collections import deque
@@ -115,7 +116,6 @@ class Outcome:
     ids: list[int]
     probs: list[float]  # the model's own probability of each token
     margins: list[float]  # p(most probable) - p(second) at each token
-    finished: bool  # by an end-of-sequence token
 
 
 class Rollouts:
@@ -154,7 +154,7 @@ class Rollouts:
         rows = torch.arange(n, device=logits.device)
         t = self.t[:n].clone()
         p = torch.softmax(logits, -1)
-        width = max(2, s.num_samples if s.method == "cot-decoding" else 2)
+        width = max(2, s.num_samples) if s.method == "cot-decoding" else 2
         top, ids = p.topk(min(width, p.shape[1]))  # [n, width]
         first = t == 0
         # argmax, not the first of top-k: of equally probable tokens the two may name different ones.
@@ -180,11 +180,9 @@ class Rollouts:
             x[to_row] = x[from_row]
 
     def end(self, row: int) -> tuple[tuple, Outcome]:
-        n, eos = int(self.t[row]), self.model.config.eos_ids
-        ids = self.tokens[row, :n].tolist()
-        text = self.tokenizer.decode([i for i in ids if i not in eos])
-        return self.jobs[row], Outcome(text, ids, self.probs[row, :n].tolist(), self.margins[row, :n].tolist(),
-                                                ids[-1] in eos)
+        ids, probs, margins = (x[row, : int(self.t[row])].tolist() for x in (self.tokens, self.probs, self.margins))
+        text = self.tokenizer.decode([i for i in ids if i not in self.model.config.eos_ids])
+        return self.jobs[row], Outcome(text, ids, probs, margins)
 
 
 # ------------------------------------------------------------------------------------------------- prompts and answers
@@ -196,6 +194,7 @@ VERIFY = "Which answer is right?"
 def build_prompt(tokenizer: Tokenizer, message: str) -> str:
     """The chat, ready to be answered; a model that has a token for <think> begins to think."""
     text = tokenizer.render(message, date_string="26 Jul 2024")  # some Llama templates would print today's date
+    text = re.sub(r"<think>\s*</think>\s*$", "", text)  # a template that skips the thought is not followed in that
     opens = tokenizer.core.token_to_id("<think>") is not None and not text.rstrip().endswith("<think>")
     return text + "<think>\n" if opens else text
 
@@ -297,11 +296,11 @@ class Searcher:
                 stop = "gain"
                 break
             if number + 1 < s.rounds:
-                x, f = torch.tensor([point["u"] for point in points]), torch.tensor([point["reward"] for point in points])
+                x, f = [point["u"] for point in points], [point["reward"] for point in points]
                 gp = GP.fit(x, f)
                 if s.acquisition == "random":
                     U = torch.randn(s.k, d, generator=generator, dtype=torch.float64)
-                    expected = expected_improvement(*gp.posterior(U), f.max())
+                    expected = expected_improvement(*gp.posterior(U), max(f))
                 else:
                     U, expected = suggest(gp, s.k, acquisition=s.acquisition, generator=generator)
                 ei = expected.tolist()
@@ -618,7 +617,9 @@ def answer(args: argparse.Namespace) -> None:
     if args.output:
         tasks.append(args.output, {"question": args.question, "method": settings.method, "seed": args.seed, "settings": kept} | record)
     stopped = f"stopped after round {record['rounds'] - 1}: {WHY[record['stopped_by']]}\n" if "rounds" in record else ""
-    print(f"{stopped}{record['answer_text'] or record['thought_text'] or '(no answer)'}")
+    print(f"{stopped}{record['answer_text'] or record['thought_text']}")
+    if not any(record["answers"]):
+        print("unanswered: no candidate gives an answer that can be read")
     print(f"{len(record['answers'])} generations of {record['generation_tokens']} tokens, {record['verification_tokens']} tokens to verify, "
           f"{record['answer_tokens'] / record['seconds']:.1f} tokens/s" + (f"  (the right answer is {gold})" if gold else ""))
 

@@ -94,7 +94,7 @@ def drive(searcher, question, objective, prompt=None):
 
 
 def said(text, p=0.5, n=4):
-    return Outcome(text, list(range(n)), [0.9] + [p] * (n - 1), [0.1] * n, True)
+    return Outcome(text, list(range(n)), [0.9] + [p] * (n - 1), [0.1] * n)
 
 
 def test_each_coordinate_of_the_perturbation_has_standard_deviation_sigma(tiny_model):
@@ -202,7 +202,7 @@ def test_the_margin_is_that_of_the_answers_tokens(tiny_model):
     model, tokenizer = tiny_model
     ids = tokenizer.encode("so 42 is it: 42.")
     margins = [i / 100 for i in range(len(ids))]
-    outcome = Outcome("so 42 is it: 42.", ids, [1.0] * len(ids), margins, True)
+    outcome = Outcome("so 42 is it: 42.", ids, [1.0] * len(ids), margins)
     searcher = Searcher(model, tokenizer, Settings(method="cot-decoding"))
     assert searcher.margin(question_of(0, "q", 0), outcome) == pytest.approx((0.13 + 0.14) / 2)  # the last "42" is bytes 13, 14
 
