@@ -2,6 +2,7 @@
 
     python bench.py --model smollm2-135m --against transformers --json bench.json
     python bench.py --gp --against botorch
+    python bench.py --model smollm2-135m --assistant tiny/assistant --against transformers
 
 Decoding one sequence reads every weight once, so bytes read per step / memory bandwidth is the least time that a step
 can take; the bandwidth is measured in the same run.  What is compared runs in turns, A B C A B C, because machines are
@@ -22,6 +23,8 @@ from pathlib import Path
 import torch
 
 import soft_reasoning
+import softcot
+import tasks
 from gp import GP, suggest
 from model import (
     KVCache,
@@ -164,6 +167,72 @@ def botorch_picks(x: torch.Tensor, y: torch.Tensor, pool: torch.Tensor):
     return run
 
 
+def bench_training(args: argparse.Namespace) -> str:
+    """A SoftCoT training step, four problems, 32 thoughts, only the projection trained; the peer is the same step written
+    with transformers' modules and the assistant inside the loop, as the official code has it."""
+    model, tokenizer = load(args.model, args.device, args.dtype)
+    assistant, its = load(args.assistant, args.device, args.dtype)
+    device, dtype, n = model.embed.weight.device, model.embed.weight.dtype, 32
+    problems = tasks.load("tiny-train", limit=4)
+    labels = [tokenizer.encode(softcot.target_text(tokenizer, p, False)) + [model.config.eos_ids[0]] for p in problems]
+    sequences = [softcot.sequence(tokenizer, p.question, n, y) for p, y in zip(problems, labels)]
+    asked = [softcot.assistant_ids(its, p.question, n) for p in problems]
+    projection = torch.nn.Linear(assistant.config.d, model.config.d).to(device)
+    optimizer = torch.optim.AdamW(projection.parameters(), lr=2e-5)
+    hidden = softcot.hidden_states(assistant, asked, n, torch.empty(4, n, assistant.config.d, dtype=dtype)).to(device)
+    count, tokens = sum(map(len, labels)), sum(len(s.ids) for s in sequences)
+
+    def finish(loss: torch.Tensor) -> None:
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    def ours() -> None:
+        thoughts = softcot.soft_thoughts(dict(projection.named_parameters()), hidden, 4, n)
+        finish(softcot.negative_log_likelihood(model, sequences, thoughts) / count)
+
+    contenders = {"ours": ours}
+    if args.against == "transformers":
+        try:
+            from transformers import AutoModelForCausalLM
+        except ImportError:
+            print("transformers is not installed: skipped (pip install transformers)", file=sys.stderr)
+        else:
+            llm, small = (AutoModelForCausalLM.from_pretrained(find_folder(name), dtype=dtype).to(device).requires_grad_(False)
+                          for name in (args.model, args.assistant))
+
+            def pad(rows: list[list[int]], filler: int) -> torch.Tensor:
+                width = max(map(len, rows))
+                return torch.tensor([row + [filler] * (width - len(row)) for row in rows], device=device)
+
+            def theirs() -> None:
+                x, mask = pad([s.ids for s in sequences], 0), pad([[1] * len(s.ids) for s in sequences], 0)
+                y = pad([[-100] * s.prompt + s.labels for s in sequences], -100)
+                with torch.no_grad():
+                    states = small(pad(asked, 0), attention_mask=pad([[1] * len(a) for a in asked], 0),
+                                   output_hidden_states=True).hidden_states[-1]
+                embeds = llm.get_input_embeddings()(x).clone()
+                for b, (s, a) in enumerate(zip(sequences, asked)):
+                    embeds[b, len(s.left) : len(s.left) + n] = projection(states[b, len(a) - n : len(a)].float()).to(dtype)
+                finish(llm(inputs_embeds=embeds, attention_mask=mask, labels=y).loss)
+
+            contenders["transformers"] = theirs
+    times = {name: [] for name in contenders}
+    for repeat in range(args.repeats + 1):
+        for name, contender in contenders.items():
+            t = seconds(contender, device)
+            if repeat:  # the first is for warming up
+                times[name].append(t)
+    lines = [(f"SoftCoT training step of {args.model} with {args.assistant}, {str(dtype)[6:]}: 4 problems, {tokens} tokens, {n} thoughts "
+             f"each; torch {torch.__version__}; {hardware(device)}"), "", "| | tokens/s: median (least to most) | beside ours |", "|---|---|---|"]
+    for name, t in times.items():
+        ratio = statistics.median(a / b for a, b in zip(t, times["ours"]))
+        lines.append(f"| {name} | {tokens / statistics.median(t):.0f} ({tokens / max(t):.0f} to {tokens / min(t):.0f}) | {ratio:.2f} x the time |")
+    if device.type == "cuda":
+        lines.append(f"\npeak memory {torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB")
+    return "\n".join(lines)
+
+
 def hardware(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -183,6 +252,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.error = lambda message: sys.exit(fail(message))  # one line, without the usage
     parser.add_argument("--model", help="alias, Hugging Face id, or folder")
+    parser.add_argument("--assistant", help="a SoftCoT training step with this assistant instead of decoding")
     parser.add_argument("--gp", action="store_true", help="the Gaussian process instead of a model")
     parser.add_argument("--against", choices=["transformers", "botorch"], help="a peer to run in turns with ours, where it is installed")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 5, 16], help="batch sizes (default: 1 5 16)")
@@ -203,7 +273,7 @@ def main() -> int:
             raise UserError(f"--batch must be at least 1, not {min(args.batch)}")
         if args.json and not Path(args.json).resolve().parent.is_dir():
             raise UserError(f"cannot write {args.json}: make its folder first")
-        print(bench_gp(args.against, args.repeats) if args.gp else run(args))
+        print(bench_gp(args.against, args.repeats) if args.gp else bench_training(args) if args.assistant else run(args))
     except UserError as error:
         return fail(str(error))
     except torch.OutOfMemoryError:
