@@ -818,7 +818,7 @@ def command_line(command: str | None) -> argparse.ArgumentParser:
 
 
 def fail(message: str) -> int:
-    print(f"softcot.py: {message}", file=sys.stderr)
+    print("softcot.py:", " ".join(message.split()), file=sys.stderr)
     return 2
 
 
@@ -1087,6 +1087,7 @@ def answer(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a terminal without Unicode gets question marks, not a traceback
     code = main()
     sys.stdout.flush()
     os._exit(code)  # at once: the interpreter would take most of a second to unload PyTorch, also after Ctrl-C

@@ -8,6 +8,7 @@ from conftest import ROOT
 import model
 import soft_reasoning
 import soft_thinking
+import softcot
 
 README = (ROOT / "README.md").read_text()
 ROWS = re.findall(r"\[(\w+\.py):(\d+)\]\(\w+\.py#L\d+\) `(.+?)` *\|", README)
@@ -27,7 +28,8 @@ def test_each_line_that_the_tables_point_to_holds_that_code(file, line, code):
 
 def test_every_flag_that_is_named_exists():
     known = set()
-    for parser in (soft_thinking.command_line(), soft_reasoning.command_line()):
+    for parser in (soft_thinking.command_line(), soft_reasoning.command_line(),
+                   *(softcot.command_line(command) for command in ("train", "eval", None))):
         known |= {option for action in parser._actions for option in action.option_strings}
     known |= set(re.findall(r'"(--[\w-]+)"', (ROOT / "bench.py").read_text()))
     assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", README)) - known == set()
