@@ -273,11 +273,10 @@ class Transformer(nn.Module):
     def rotation(self, positions: Tensor, longest: int) -> tuple[Tensor, Tensor]:
         """cos and sin of positions [B, T] below `longest`: float32 [B, T, 1, h], the first half of sin negated."""
         if longest > len(self.cos) or self.cos.device != positions.device:
-            with torch.inference_mode(False):  # a table that decoding makes must serve training too
-                freq, scale = rope_frequencies(self.config)
-                angles = torch.arange(-(-longest // 1024) * 1024, device="cpu")[:, None] * freq  # [positions, h/2]
-                cos, sin = (angles.cos() * scale).to(positions.device), (angles.sin() * scale).to(positions.device)
-                self.cos, self.sin = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+            freq, scale = rope_frequencies(self.config)
+            angles = torch.arange(-(-longest // 1024) * 1024, device="cpu")[:, None] * freq  # [positions, h/2]
+            cos, sin = angles.cos() * scale, angles.sin() * scale
+            self.cos, self.sin = torch.cat([cos, cos], -1).to(positions.device), torch.cat([-sin, sin], -1).to(positions.device)
         return self.cos[positions][:, :, None], self.sin[positions][:, :, None]
 
     def logits(self, hidden: Tensor) -> Tensor:
