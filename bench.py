@@ -2,6 +2,7 @@
 
     python bench.py --model smollm2-135m --against transformers --json bench.json
     python bench.py --gp --against botorch
+    python bench.py --regret --against botorch --repeats 20
     python bench.py --model smollm2-135m --assistant tiny/assistant --against transformers
 
 Decoding one sequence reads every weight once, so bytes read per step / memory bandwidth is the least time that a step
@@ -11,6 +12,7 @@ noisy; printed are medians with least and most.  Peers are optional and never ne
 
 import argparse
 import json
+import math
 import os
 import platform
 import statistics
@@ -20,6 +22,7 @@ from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import soft_reasoning
@@ -149,6 +152,87 @@ def bench_gp(against: str | None, repeats: int) -> str:
     return "\n".join(lines)
 
 
+def branin(x: torch.Tensor) -> torch.Tensor:
+    """[m, 2] in the unit square -> [m]; maximum -0.397887."""
+    a, b = 15 * x[:, 0] - 5, 15 * x[:, 1]
+    bowl = (b - 5.1 / (4 * math.pi**2) * a**2 + 5 / math.pi * a - 6) ** 2
+    return -(bowl + 10 * (1 - 1 / (8 * math.pi)) * a.cos() + 10)
+
+
+def hartmann6(x: torch.Tensor) -> torch.Tensor:
+    """[m, 6] in the unit cube -> [m]; maximum 3.322368."""
+    A = torch.tensor([[10, 3, 17, 3.5, 1.7, 8], [0.05, 10, 17, 0.1, 8, 14], [3, 3.5, 1.7, 10, 17, 8], [17, 8, 0.05, 10, 0.1, 14]]).to(x)
+    P = torch.tensor([[1312, 1696, 5569, 124, 8283, 5886], [2329, 4135, 8307, 3736, 1004, 9991],
+                      [2348, 1451, 3522, 2883, 3047, 6650], [4047, 8828, 8732, 5743, 1091, 381]]).to(x) / 1e4
+    return torch.exp(-(A * (x[:, None] - P) ** 2).sum(-1)) @ torch.tensor([1.0, 1.2, 3.0, 3.2]).to(x)
+
+
+def bowl50(x: torch.Tensor) -> torch.Tensor:
+    """[m, 50] in the unit cube -> [m]: a bowl in 4 directions, none along an axis, the rest without effect; maximum 0."""
+    directions = torch.randn(50, 4, generator=torch.Generator().manual_seed(123), dtype=torch.float64)
+    u = (x - 0.5) * math.sqrt(12)  # of variance 1
+    return -(u @ torch.linalg.qr(directions)[0] - torch.tensor([1.0, -1.0, 1.0, -1.0]).to(x)).square().sum(1)
+
+
+FUNCTIONS = {"Branin": (branin, 2, -0.39788735772973816), "Hartmann-6": (hartmann6, 6, 3.32236801141551), "4-d bowl in 50-d": (bowl50, 50, 0.0)}
+
+
+def regret(name: str, seed: int, propose) -> float:
+    """Simple regret after 40 evaluations: 5 random ones and 7 batches of 5 from propose(x, y, generator)."""
+    (f, d, maximum), g = FUNCTIONS[name], torch.Generator().manual_seed(seed)
+    x = torch.rand(5, d, generator=g, dtype=torch.float64)
+    while len(x) < 40:
+        x = torch.cat([x, propose(x, f(x), g)])
+    return maximum - f(x).max().item()
+
+
+def at_random(x: torch.Tensor, y: torch.Tensor, g: torch.Generator) -> torch.Tensor:
+    return torch.rand(5, x.shape[1], generator=g, dtype=torch.float64)
+
+
+def by_gp(x: torch.Tensor, y: torch.Tensor, g: torch.Generator) -> torch.Tensor:
+    return suggest(GP.fit(x, y), 5, torch.rand(5000, x.shape[1], generator=g, dtype=torch.float64), generator=g)[0]
+
+
+def botorch_batch():
+    """BoTorch's own way: its default model and qLogEI, five points optimised together (8 restarts, 256 raw samples)."""
+    from botorch.acquisition import qLogExpectedImprovement
+    from botorch.fit import fit_gpytorch_mll
+    from botorch.models import SingleTaskGP
+    from botorch.optim import optimize_acqf
+    from gpytorch.mlls import ExactMarginalLogLikelihood
+
+    def propose(x: torch.Tensor, y: torch.Tensor, g: torch.Generator) -> torch.Tensor:
+        torch.manual_seed(int(torch.randint(2**31, (1,), generator=g)))
+        gp = SingleTaskGP(x, y[:, None])
+        fit_gpytorch_mll(ExactMarginalLogLikelihood(gp.likelihood, gp))
+        cube = torch.stack([torch.zeros(x.shape[1]), torch.ones(x.shape[1])]).to(x)
+        return optimize_acqf(qLogExpectedImprovement(gp, best_f=y.max()), bounds=cube, q=5, num_restarts=8, raw_samples=256)[0]
+
+    return propose
+
+
+def bench_regret(against: str | None, seeds: int) -> str:
+    """Does the search search?  Median simple regret over the seeds, quartiles in brackets."""
+    torch.set_num_threads(1)
+    contenders = {"random": at_random, "gp.py": by_gp}
+    if against == "botorch":
+        try:
+            contenders["BoTorch qLogEI"] = botorch_batch()
+        except ImportError:
+            print("botorch is not installed: skipped (pip install botorch)", file=sys.stderr)
+    lines = [f"simple regret after 40 evaluations in batches of 5, {seeds} seeds: median (quartiles); torch {torch.__version__}", "",
+             "| function | " + " | ".join(contenders) + " |", "|---" * (len(contenders) + 1) + "|"]
+    for name in FUNCTIONS:
+        cells = []
+        for propose in contenders.values():
+            low, middle, high = np.quantile([regret(name, seed, propose) for seed in range(seeds)], [0.25, 0.5, 0.75])
+            cells.append(f"{middle:.3g} ({low:.3g} to {high:.3g})")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        print(lines[-1], file=sys.stderr)
+    return "\n".join(lines)
+
+
 def botorch_picks(x: torch.Tensor, y: torch.Tensor, pool: torch.Tensor):
     """The same by BoTorch: fit, log EI over the pool, the best point believed; five times, one fit."""
     from botorch.acquisition import LogExpectedImprovement
@@ -253,19 +337,20 @@ def main() -> int:
     parser.error = lambda message: sys.exit(fail(message))  # one line, without the usage
     parser.add_argument("--model", help="alias, Hugging Face id, or folder")
     parser.add_argument("--assistant", help="a SoftCoT training step with this assistant instead of decoding")
-    parser.add_argument("--gp", action="store_true", help="the Gaussian process instead of a model")
+    parser.add_argument("--gp", action="store_true", help="the Gaussian process instead of a model: time")
+    parser.add_argument("--regret", action="store_true", help="the Gaussian process instead of a model: how well it searches")
     parser.add_argument("--against", choices=["transformers", "botorch"], help="a peer to run in turns with ours, where it is installed")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 5, 16], help="batch sizes (default: 1 5 16)")
     parser.add_argument("--prompt", type=int, default=128, help="prompt length in tokens (default: 128)")
     parser.add_argument("--tokens", type=int, default=48, help="tokens decoded per repetition (default: 48)")
-    parser.add_argument("--repeats", type=int, default=5, help="repetitions of each, in turns (default: 5)")
+    parser.add_argument("--repeats", type=int, default=5, help="repetitions of each, in turns, or seeds (default: 5)")
     parser.add_argument("--device", help="cpu, cuda, or cuda:N")
     parser.add_argument("--dtype", help="bfloat16, float16, or float32")
     parser.add_argument("--json", metavar="FILE", help="every number, for machines")
     args = parser.parse_args()
     try:
-        if not args.gp and not args.model:
-            raise UserError("nothing to measure: pass --model NAME, or --gp")
+        if not args.gp and not args.regret and not args.model:
+            raise UserError("nothing to measure: pass --model NAME, --gp, or --regret")
         for name, low in (("prompt", 1), ("tokens", 8), ("repeats", 1)):
             if getattr(args, name) < low:
                 raise UserError(f"--{name} must be at least {low}, not {getattr(args, name)}")
@@ -273,7 +358,7 @@ def main() -> int:
             raise UserError(f"--batch must be at least 1, not {min(args.batch)}")
         if args.json and not Path(args.json).resolve().parent.is_dir():
             raise UserError(f"cannot write {args.json}: make its folder first")
-        print(bench_gp(args.against, args.repeats) if args.gp else bench_training(args) if args.assistant else run(args))
+        print(bench_regret(args.against, args.repeats) if args.regret else bench_gp(args.against, args.repeats) if args.gp else bench_training(args) if args.assistant else run(args))
     except UserError as error:
         return fail(str(error))
     except torch.OutOfMemoryError:
