@@ -205,11 +205,11 @@ def split_thought(text: str) -> tuple[str, str]:
     return (thought.removeprefix("<think>").strip(), said.strip()) if marker else ("", text.strip())
 
 
-def verifier_message(message: str, texts: list[str], whole: bool = True) -> str:
-    """The question, each candidate on a line (whole, or without its thought), and what is asked."""
+def verifier_message(message: str, texts: list[str], whole: bool = True, form: str = "") -> str:
+    """The question, each candidate on a line (whole, or without its thought), what is asked, and in which form."""
     said = [" ".join(part for part in split_thought(text)[0 if whole else 1:] if part) for text in texts]
     lines = [f"Candidate {i}: {' '.join(text.split())}" for i, text in enumerate(said, 1)]
-    return "\n".join([message, *lines, VERIFY])
+    return "\n".join([message, *lines, " ".join(part for part in (VERIFY, form) if part)])
 
 
 @dataclass(frozen=True, eq=False)
@@ -222,6 +222,7 @@ class Question:
     choices: dict | None
     tolerance: float
     seeds: tuple[int, ...]
+    form: str = ""  # tells a verifier in which form to answer; the bundled model knows no such sentence
 
     def read(self, text: str) -> str | None:
         """The answer in a text: in what is said after the thought, or else anywhere."""
@@ -286,6 +287,9 @@ class Searcher:
             for u, e, outcome, answer in zip(U, ei, outcomes, answers):
                 agrees = float(question.same(answer, verdict["answer"])) if verdict else None
                 sense = self.coherence(outcome)
+                if not math.isfinite(sense):
+                    raise UserError(f"the perturbed embedding makes the model's output not finite: lower --sigma {s.sigma}, or "
+                                    "use --dtype bfloat16")
                 points.append({"round": number, "u": u.tolist(), "reward_verifier": agrees, "reward_coherence": sense,
                                "reward": (agrees if s.reward != "coherence" else 0.0) + (sense if s.reward != "verifier" else 0.0),
                                "ei": e, "answer": answer, "text": outcome.text, "tokens": len(outcome.ids)})
@@ -310,7 +314,9 @@ class Searcher:
         answered = [point for point in points if point["answer"] is not None] or points
         if s.select == "vote":
             chosen = question.vote([point["answer"] for point in points] + [verdict["answer"] for verdict in verdicts])
-            answered = [point for point in answered if question.same(point["answer"], chosen)] or answered
+            said = [verdict for verdict in verdicts if question.same(verdict["answer"], chosen)]
+            answered = [point for point in answered if question.same(point["answer"], chosen)] or \
+                       [{"text": verdict["text"], "reward": 0.0} for verdict in said] or answered
         best = max(answered, key=lambda point: point["reward"])
         return self.record(best["text"], [point["answer"] for point in points], [point["tokens"] for point in points],
                            verification, points=points, verdicts=verdicts, stopped_by=stop, rounds=points[-1]["round"] + 1)
@@ -320,10 +326,15 @@ class Searcher:
         reply, else without; if that is too long too, there is no answer and no reward."""
         context = self.model.config.context
         for whole in (True, False):
-            text = build_prompt(self.tokenizer, verifier_message(question.message, texts, whole))
-            if len(self.tokenizer.encode(text)) <= context - context // 4:
-                (outcome,) = yield [Generation(self.prompt(verifier_message(question.message, texts, whole)))]
-                return {"answer": question.read(outcome.text), "text": outcome.text, "tokens": len(outcome.ids)}
+            message = verifier_message(question.message, texts, whole, question.form)
+            if len(self.tokenizer.encode(build_prompt(self.tokenizer, message))) <= context - context // 4:
+                (outcome,) = yield [Generation(self.prompt(message))]
+                # "Candidate 2 is right" names a candidate, not the number 2.
+                named = re.search(r"candidate\W*(\d+)\W*(?:is|has|gives)\b", split_thought(outcome.text)[1], re.IGNORECASE)
+                answer = question.read(outcome.text)
+                if named and answer == named[1] and int(answer) <= len(texts):
+                    answer = question.read(texts[int(answer) - 1])
+                return {"answer": answer, "text": outcome.text, "tokens": len(outcome.ids)}
         return {"answer": None, "text": "", "tokens": 0}
 
     def coherence(self, outcome: Outcome) -> float:
@@ -359,11 +370,12 @@ class Searcher:
         """Mean p(most probable) - p(second) over the tokens of the answer's last occurrence; 0 without an answer."""
         answer = question.read(outcome.text)
         pieces = [self.tokenizer.decode([i]) for i in outcome.ids]
-        end = "".join(pieces).rfind(answer or "\0")
-        if end < 0:
+        places = list(re.finditer(rf"(?<!\w){re.escape(answer)}(?!\w)", "".join(pieces), re.IGNORECASE)) if answer else []
+        if not places:
             return 0.0
+        start, end = places[-1].span()
         stops = np.cumsum([len(piece) for piece in pieces])
-        inside = [m for m, piece, stop in zip(outcome.margins, pieces, stops) if stop > end and stop - len(piece) < end + len(answer)]
+        inside = [m for m, piece, stop in zip(outcome.margins, pieces, stops) if stop > start and stop - len(piece) < end]
         return sum(inside) / len(inside)
 
     def voted(self, question: Question, outcomes: list[Outcome], weights: list[float] | None) -> dict:
@@ -390,6 +402,8 @@ def reason(model: Transformer, tokenizer: Tokenizer, questions: list[Question], 
     reward_coherence, reward, ei, answer, text, tokens), verdicts, rounds, stopped_by ("ei" | "gain" | "rounds").
     """
     searcher = Searcher(model, tokenizer, settings, watch)
+    for question in questions:  # all of them before the first is decoded
+        check_prompt(model.config, tokenizer.encode(build_prompt(tokenizer, question.message)))
     waiting, queue = deque(questions), deque()
     running: dict[int, list] = {}  # question index -> [search, outcomes so far, when it began]
     finished: list[tuple[int, dict]] = []
@@ -423,9 +437,9 @@ def reason(model: Transformer, tokenizer: Tokenizer, questions: list[Question], 
 
 
 def question_of(index: int, message: str, seed: int, kind: str = "number", choices: dict | None = None,
-                tolerance: float = 0) -> Question:
+                tolerance: float = 0, form: str = "") -> Question:
     seeds = (seed, int.from_bytes(hashlib.sha256(message.encode()).digest()[:8], "little"))
-    return Question(index, message, kind, choices, tolerance, seeds)
+    return Question(index, message, kind, choices, tolerance, seeds, form)
 
 
 # ---------------------------------------------------------------------------------------------------- the terminal view
@@ -464,23 +478,24 @@ def shares(records: list[dict]) -> str:
             f"{sum(r['verification_tokens'] for r in records) / n:.0f} to verify; stopped after 1, 2, ... rounds: {stopped}")
 
 
-def matched(soft: list[dict], other: list[dict], problems: list, task, by: str) -> tuple[float, float]:
-    """Accuracy and mean tokens of a voting method that may spend, on each question, only what soft spent on it.
+def matched(soft: list[dict], other: list[dict], problems: list, task, by: str) -> tuple[float, float, int]:
+    """Accuracy, mean tokens, and on how many questions it ran out of answers, of a voting method that may spend, on each question, only what soft spent on it.
 
     by "generations": as many answers as soft had candidates; by "tokens": answers until soft's tokens, verification
     included, are spent (at least one).
     """
-    right, spent = 0, 0
+    right, spent, capped = 0, 0, 0
     for problem, a, b in zip(problems, soft, other):
         n = len(a["answers"])
         if by == "tokens":
             n = max(1, int(np.searchsorted(np.cumsum(b["tokens"]), a["answer_tokens"], side="right")))
+            capped += sum(b["tokens"]) < a["answer_tokens"]
         n = min(n, len(b["answers"]))
         question = question_of(0, problem.question, 0, problem.kind, problem.choices, task.tolerance)
         chosen = question.vote(b["answers"][:n], b["weights"][:n] if b["weights"] else None)
         right += tasks.grade(chosen, problem.answer, problem.kind, task.tolerance)
         spent += sum(b["tokens"][:n])
-    return right / len(problems), spent / len(problems)
+    return right / len(problems), spent / len(problems), capped
 
 
 def analyse(model: Transformer, tokenizer: Tokenizer, message: str, settings: Settings, seed: int, samples: int = 200) -> str:
@@ -538,7 +553,7 @@ def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="soft_reasoning.py", description=__doc__.splitlines()[0])
     parser.error = lambda message: sys.exit(fail(message))  # one line, without the usage
     parser.add_argument("--model", default=TINY, help="alias such as qwen2.5-7b, Hugging Face id, or folder (default: bundled)")
-    parser.add_argument("--question", help="answer this one in the terminal (default: a problem of the task tiny)")
+    parser.add_argument("--question", help="answer this one in the terminal, with a number (default: a problem of the task tiny)")
     parser.add_argument("--analyse", action="store_true", help="the paper's mechanism study, on the question")
     parser.add_argument("--task", help=f"score a benchmark: {', '.join(tasks.TASKS)}")
     parser.add_argument("--data", metavar="FILE", help="score your own JSON lines: question, answer, optional choices, steps")
@@ -612,7 +627,9 @@ def answer(args: argparse.Namespace) -> None:
     if args.output and (args.question, settings.method, args.seed) in tasks.resume(args.output, {settings.method: kept}, key):
         print(f"{args.output} holds this search already", file=sys.stderr)
         return
-    question = question_of(0, args.question, args.seed)
+    # The bundled model knows its own stories only; others are told what form the answer takes.
+    form = "" if args.model == TINY else tasks.INSTRUCTION["number"]
+    question = question_of(0, "\n\n".join(part for part in (args.question, form) if part), args.seed, form=form)
     ((_, record),) = reason(model, tokenizer, [question], settings, args.batch_size, View())
     if args.output:
         tasks.append(args.output, {"question": args.question, "method": settings.method, "seed": args.seed, "settings": kept} | record)
@@ -636,7 +653,8 @@ def score(args: argparse.Namespace) -> None:
 
     def solver(settings: Settings) -> Callable:
         def solve(jobs: list[tuple[tasks.Problem, int]]) -> Iterator[tuple[tasks.Problem, int, dict]]:
-            questions = [question_of(i, tasks.prompt(p, task), args.seed, p.kind, p.choices, task.tolerance) for i, (p, _) in enumerate(jobs)]
+            questions = [question_of(i, tasks.prompt(p, task), args.seed, p.kind, p.choices, task.tolerance,
+                                     tasks.INSTRUCTION[p.kind] if task.instruct else "") for i, (p, _) in enumerate(jobs)]
             for i, record in reason(model, tokenizer, questions, settings, args.batch_size):
                 yield *jobs[i], record
         return solve
@@ -649,8 +667,11 @@ def score(args: argparse.Namespace) -> None:
         print(shares(of["soft"]))
         for method in ("sc", "fire", "cot-decoding"):
             for by in ("generations", "tokens") if method in of else ():
-                accuracy, tokens = matched(of["soft"], of[method], problems, task, by)
-                print(f"{method}, on each question no more {by} than soft: {accuracy:.1%} with {tokens:.0f} tokens")
+                accuracy, tokens, capped = matched(of["soft"], of[method], problems, task, by)
+                low, high = tasks.wilson(accuracy, len(problems))
+                short = f"; on {capped} of {len(problems)} its --num-samples were too few to spend as much" if capped else ""
+                print(f"{method}, on each question no more {by} than soft: {accuracy:.1%} ({low:.1%} to {high:.1%}) with "
+                      f"{tokens:.0f} tokens{short}")
 
 
 if __name__ == "__main__":

@@ -361,7 +361,10 @@ NUMBER = re.compile(r"""
       | \s? \* \s? 10 \s? \^ \s? \{? (?P<power> -?\d{1,3} ) (?!\d) \}?
       | [eE] (?P<exponent> [-+]?\d{1,3} ) (?!\d) )?         # 3 digits: 10**999999999 would not end
     (?P<percent> \s? (?: % | per\s?cent\b ) )?""", re.VERBOSE)
-ANSWER = re.compile(r"answer(?:\s+(?:choice|option))?(?:\s+is\b|\s*[:=])\s*[:=]?\s*(?=([^\n]{1,300}))", re.IGNORECASE)
+ANSWER = re.compile(r"""
+    answer (?: \s+ (?: choice | option ) )? (?: \s+ (?: to | for ) \s [^.\n]{1,60}? )?
+    (?: \s+ (?: is | must\sbe | would\sbe | should\sbe | will\sbe ) \b (?: \s+ (?: therefore | thus | then ) \b )? | \s*[:=] )
+    \s* [:=]? \s* (?= ( [^\n]{1,300} ) )""", re.IGNORECASE | re.VERBOSE)
 FEW = 9  # phrases are tried from the last backwards, no more than this: a text that repeats itself has thousands
 FRACTION = re.compile(r"([-+]?)\s*\\[dtc]?frac\s*(?:\{\s*(-?)([\d.]+)\s*\}|(\d))\s*(?:\{\s*(-?)([\d.]+)\s*\}|(\d))")
 
@@ -407,7 +410,7 @@ def extract(text, kind, choices=None):
     """
     last_line = re.search(r"####\s*([^\n]+)\s*\Z", text)  # elsewhere, #### is a heading
     places = boxed(text) + ([last_line[1]] if last_line else [])
-    places += [match[1] for match in list(ANSWER.finditer(text))[:-FEW:-1]]
+    places += [match[1] for match in list(ANSWER.finditer(text.replace("**", "")))[:-FEW:-1]]
     for place in places:
         answer = read(place, kind, choices)
         if answer is not None:
@@ -415,10 +418,12 @@ def extract(text, kind, choices=None):
     text = plain(text)
     if kind == "choice":
         letters = "".join(choices)
-        found = re.findall(rf"(?m)\(([{letters}])\)|\b(?i:option|choice)\s([{letters}])\b|^\W*([{letters}])\W*$", text)
+        found = re.findall(rf"(?m)\(([{letters}])\)|\b(?i:option|choice)(?i:\sis)?\s([{letters}])\b|^\W*([{letters}])(?:\W*$|[).:]\s)"
+                           rf"|\b([{letters}])\s(?i:is\s(?:the\s)?(?:correct|right))", text)
         return "".join(found[-1]) if found else None
     if kind == "yesno":
-        return yes_or_no(re.findall(r"\b(?:yes|no|true|false)\b", text.lower())[-1:])
+        verdicts = re.findall(r"(?:^|[.!?\n]|\b(?:so|thus|therefore|hence)\b,?)\s*(yes|no|true|false)\b", text.lower())
+        return yes_or_no(verdicts[-1:] or re.findall(r"\b(?:yes|no|true|false)\b", text.lower())[-1:])
     numbers = [match[0].strip() for match in NUMBER.finditer(text)]
     return numbers[-1] if numbers else None
 
@@ -431,8 +436,10 @@ def read(place, kind, choices):
         return place.strip(" *$\n").rstrip(" .").rstrip(" *$") or None
     place = plain(place).strip(" :*\n").rstrip(" .")
     if kind == "number":
-        after_equals = NUMBER.search(place.rpartition("=")[2])  # 'x = 5', '3 + 4 = 7'
-        number = after_equals or NUMBER.search(place)
+        clause = re.split(r"[;(]|,(?!\d)|\b(?:since|because|given|where|as)\b", place)[0]  # what follows only explains
+        left, _, right = clause.rpartition("=")  # 'x = 5', '3 + 4 = 7', but '36 = 6^2'
+        worked = NUMBER.fullmatch(left.strip()) and re.search(r"\d\s*[-+*^/]\s*\d", right)
+        number = NUMBER.search(left if worked else right) or NUMBER.search(place)
         return number[0].strip() if number else None
     if kind == "yesno":
         return yes_or_no(re.findall(r"\b(?:yes|no|true|false)\b", place.lower())[:1])
@@ -498,6 +505,7 @@ def normalise(latex):
     text = re.sub(r"\\(?:text|textbf|mbox|mathrm)\s*\{([^{}]*)\}", r"\1", text)
     text = re.sub(r"^[a-zA-Z]\s*(?:=|\\in(?![a-z]))\s*", "", text)  # x = 5
     text = re.sub(r"\\[dt]frac", r"\\frac", text)
+    text = re.sub(r"_\{(\w)\}", r"_\1", text)
     text = re.sub(r"\\frac\s*(\d)", r"\\frac{\1}", text)
     text = re.sub(r"(\\frac\{[^{}]*\})\s*(\d)", r"\1{\2}", text)
     text = re.sub(r"\\sqrt\s*(\w)", r"\\sqrt{\1}", text)
@@ -634,7 +642,10 @@ def resume(path, settings, key):
                 record = json.loads(line)
                 there, method = record["settings"], record["method"]
                 done[tuple(record[name] for name in key)] = record
-            except (ValueError, KeyError, TypeError):
+            except KeyError as error:
+                raise UserError(f"{path}, line {n}: a record of something else (it has no {error}); give --output another "
+                                "name") from None
+            except (ValueError, TypeError):
                 raise UserError(f"{path}, line {n}: not a record; delete the line, and it is done again; or give "
                                 "--output another name") from None
             here = plain_json(settings.get(method, there))
@@ -736,7 +747,7 @@ def summarise(method, records, first):
 def table(result, rows):
     """The result of `run` and its rows -> text, one line a method."""
     lines = [["method", "accuracy", "95 % interval", "difference to " + rows[0].method, "tokens", "if correct",
-              "tokens/s", "no answer", "thinking ended by"]]
+              "tokens/s", "no answer", "ended by"]]
     for row in rows:
         low, high = row.accuracy_interval
         gap = ""

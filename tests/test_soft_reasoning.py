@@ -207,6 +207,35 @@ def test_the_margin_is_that_of_the_answers_tokens(tiny_model):
     assert searcher.margin(question_of(0, "q", 0), outcome) == pytest.approx((0.13 + 0.14) / 2)  # the last "42" is bytes 13, 14
 
 
+def test_margins_of_words_and_letters_are_found_in_any_spelling(tiny_model):
+    model, tokenizer = tiny_model
+    searcher = Searcher(model, tokenizer, Settings(method="cot-decoding"))
+    for text, kind, at in (("The answer is Yes.", "yesno", range(14, 17)), ("It is (B). Because", "choice", range(7, 8))):
+        margins = [float(i in at) for i in range(len(text))]
+        outcome = Outcome(text, tokenizer.encode(text), [1.0] * len(text), margins)
+        assert searcher.margin(question_of(0, "q", 0, kind, {"A": "x", "B": "y"}), outcome) == 1.0
+
+
+def test_a_verifier_may_name_a_candidate_and_a_majority_may_be_its_own(tiny_model):
+    replies = iter([said("7"), said("9"), said("Candidate 2 is right.")])
+    record, _ = drive(Searcher(*tiny_model, Settings(rounds=1, k=2, dimension=4)), question_of(0, "q", 0), lambda g: next(replies))
+    assert record["verdicts"][0]["answer"] == "9" and [p["reward_verifier"] for p in record["points"]] == [0, 1]
+    replies = iter([said("1"), said("the answer is 42"), said("2"), said("the answer is 42")])
+    settings = Settings(rounds=2, k=1, dimension=4, select="vote", stop_threshold=0)
+    record, _ = drive(Searcher(*tiny_model, settings), question_of(0, "q", 0), lambda g: next(replies))
+    assert record["answer_text"] == "the answer is 42"
+
+
+def test_the_verifier_is_told_the_form_of_its_answer():
+    assert verifier_message("q", ["a"], form="Say it so.") == "q\nCandidate 1: a\nWhich answer is right? Say it so."
+
+
+def test_an_embedding_that_breaks_the_model_is_one_line(tiny_model):
+    searcher = Searcher(*tiny_model, Settings(rounds=1, k=1, dimension=4, reward="coherence"))
+    with pytest.raises(UserError, match="lower --sigma"):
+        drive(searcher, question_of(0, "q", 0), lambda g: said("1", p=float("nan")))
+
+
 def test_cot_decoding_branches_on_the_most_probable_first_tokens(tiny_model):
     model, tokenizer = tiny_model
     prompt = Prompt(model.embed(torch.tensor([5, 80, 70])))
@@ -249,8 +278,8 @@ def test_equal_generations_and_equal_tokens_are_counted_question_by_question():
     soft = [{"answers": ["1"] * 3, "answer_tokens": 25}, {"answers": ["2"] * 1, "answer_tokens": 100}]
     sc = [{"answers": ["9", "1", "1", "9", "9"], "tokens": [10] * 5, "weights": None},
           {"answers": ["2", "9", "9"], "tokens": [10] * 3, "weights": None}]
-    assert matched(soft, sc, problems, tasks.TASKS["tiny"], "generations") == (1.0, 20.0)  # 3 and 1 answers
-    assert matched(soft, sc, problems, tasks.TASKS["tiny"], "tokens") == (0.0, 25.0)  # 2 and 3 answers: 9 and 9 win
+    assert matched(soft, sc, problems, tasks.TASKS["tiny"], "generations") == (1.0, 20.0, 0)  # 3 and 1 answers
+    assert matched(soft, sc, problems, tasks.TASKS["tiny"], "tokens") == (0.0, 25.0, 1)  # 2 and 3 answers: 9 and 9 win
 
 
 # -------------------------------------------------------------------------------------------------- with whole models

@@ -559,3 +559,33 @@ def test_intervals():
     worse, _ = tasks.summarise("b", verdicts([1], [0], [0], [1]), means)
     half = 1.959964 * ((3 / 6 - 1 / 36) / 6) ** 0.5
     assert worse.difference == -0.25 and worse.difference_interval == pytest.approx([-1 / 6 - half, -1 / 6 + half])
+
+
+# --------------------------------------------------------------------------------- closings that models like to write
+
+CLOSING = {"A": "21", "B": "21.5", "C": "22", "D": "22.5", "E": "23"}
+
+
+@pytest.mark.parametrize("text, kind, expected", [
+    ("**Answer**: 18 eggs (3 boxes of 6)", "number", "18"),
+    ("Answer: 18 (since x = 3)", "number", "18"),
+    ("The answer is 18 because 9 x 2 = 18, given x = 2", "number", "18"),
+    ("The answer is 36 = 6^2", "number", "36"),
+    (r"\boxed{18 = 9 \times 2}", "number", "18"),
+    (r"\boxed{9 \times 2 = 18}", "number", "18"),
+    ("The answer must be 18, in 2 days", "number", "18"),
+    ("The answer is 1,250 dollars, as 5 * 250 = 1,250", "number", "1,250"),
+    ("**Answer**: Yes, there is no problem.", "yesno", "yes"),
+    ("Yes, because there is no evidence against it.", "yesno", "yes"),
+    ("It has legs. Therefore yes. There is no rule against it.", "yesno", "yes"),
+    ("**D) 22.5**", "choice", "D"),
+    ("D. 22.5", "choice", "D"),
+    ("Therefore, the correct choice is C) 22.", "choice", "C"),
+    ("The correct option is D.", "choice", "D"),
+    ("The correct answer is therefore D.", "choice", "D"),
+    ("The correct answer to the question is D.", "choice", "D"),
+    ("Thus, D is the correct answer.", "choice", "D"),
+    ("**Answer**: D", "choice", "D"),
+])
+def test_closings(text, kind, expected):
+    assert tasks.extract(text, kind, CLOSING if kind == "choice" else None) == expected
