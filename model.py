@@ -420,10 +420,11 @@ def decode(model: Transformer, requests: Iterable[Request | None], method, rows:
         logits = model.logits(model(embeds[:n, None], cache)[:, 0]) if n else logits[:0]
 
 
-def check_prompt(config: Config, ids: list[int]) -> None:
-    """UserError where a prompt fills the context window or leaves the vocabulary."""
+def check_prompt(config: Config, ids: list[int], question: str = "") -> None:
+    """UserError where a prompt fills the context window or leaves the vocabulary.  A question tells which of many it is."""
     if len(ids) >= config.context:
-        raise UserError(f"the prompt has {len(ids)} tokens, the context window {config.context}: shorten it")
+        which = f" (of the question {question[:60]!r})" if question else ""
+        raise UserError(f"the prompt has {len(ids)} tokens, the context window {config.context}{which}: shorten it")
     if max(ids) >= config.vocab_size:
         raise UserError(f"the tokenizer gives id {max(ids)}, the model has {config.vocab_size} embeddings: "
                         "tokenizer and weights are of different models")

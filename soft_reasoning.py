@@ -403,7 +403,7 @@ def reason(model: Transformer, tokenizer: Tokenizer, questions: list[Question], 
     """
     searcher = Searcher(model, tokenizer, settings, watch)
     for question in questions:  # all of them before the first is decoded
-        check_prompt(model.config, tokenizer.encode(build_prompt(tokenizer, question.message)))
+        check_prompt(model.config, tokenizer.encode(build_prompt(tokenizer, question.message)), question.message)
     waiting, queue = deque(questions), deque()
     running: dict[int, list] = {}  # question index -> [search, outcomes so far, when it began]
     finished: list[tuple[int, dict]] = []

@@ -380,7 +380,7 @@ def think(model: Transformer, tokenizer: Tokenizer, questions: list[str], settin
         if any("\ud800" <= c <= "\udfff" for c in question):
             raise UserError("the question is not valid UTF-8 text")
         prompt = build_prompt(tokenizer, question)
-        check_prompt(model.config, tokenizer.encode(prompt))
+        check_prompt(model.config, tokenizer.encode(prompt), question)
         seeds = (seed, int.from_bytes(hashlib.sha256(question.encode()).digest()[:8], "little"), sample)
         jobs.append(Job(index, question, prompt, sample, seeds))
 

@@ -528,5 +528,7 @@ def test_prompts_must_fit_context_and_vocabulary(folder_of):
     check_prompt(model.config, [271] * 63)
     with pytest.raises(UserError, match="the prompt has 64 tokens, the context window 64"):
         check_prompt(model.config, [1] * 64)
+    with pytest.raises(UserError, match=r"window 64 \(of the question 'Why\?'\): shorten it"):
+        check_prompt(model.config, [1] * 64, "Why?")
     with pytest.raises(UserError, match="gives id 272, the model has 272"):
         check_prompt(model.config, [272])
