@@ -198,7 +198,7 @@ def log_expected_improvement(mean, std, best):
 def expected_improvement(mean, std, best):
     """E[max(f - best, 0)] for f ~ N(mean, std^2): mean [m], std [m], best -> [m], never negative. Raises ValueError.
 
-    For maximisation (Jones et al. 1998, eq. 15, with the signs turned round).
+    For maximisation (Jones et al. 1998, with the signs turned round).
     """
     return log_expected_improvement(mean, std, best).exp()
 

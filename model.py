@@ -132,8 +132,8 @@ ROPE_NEEDS = {
 def rope_frequencies(config: Config) -> tuple[Tensor, float]:
     """Angular frequencies of the rotary embedding, float32 [h/2] in radians per position, and the factor on cos and sin.
 
-    Sources: RoFormer (2104.09864) eq. 15; linear: 2306.15595; YaRN: 2309.00071 sections 3.2 to 3.4, with the
-    0.1 ln(s) + 1 of its eq. 22 put on cos and sin of both sides; llama3: the Llama 3.1 reference implementation.
+    Sources: RoFormer (2104.09864); linear: 2306.15595; YaRN: 2309.00071, with its 0.1 ln(s) + 1 put on cos and sin of
+    both sides; llama3: the Llama 3.1 reference implementation.
     """
     h, base, rope = config.head_dim, config.rope_theta, config.rope
     freq = 1.0 / base ** (torch.arange(0, h, 2, dtype=torch.float32, device="cpu") / h)

@@ -585,6 +585,11 @@ def main(arguments: list[str] | None = None) -> int:
                 raise UserError(f"--{name.replace('_', '-')} must be at least {low}, not {getattr(args, name)}")
         if args.question is not None and (args.task or args.data):
             raise UserError("--question asks one question, --task and --data score many: pass one of them")
+        for name in ("limit", "methods", "json"):
+            if getattr(args, name) is not None and not (args.task or args.data):
+                raise UserError(f"--{name} goes with --task or --data")
+        if args.analyse and (args.task or args.data or args.output):
+            raise UserError("--analyse studies one question and prints: it goes with none of --task, --data, --output")
         score(args) if args.task or args.data else answer(args)
     except (UserError, tasks.UserError) as error:
         return fail(str(error))

@@ -4,10 +4,10 @@
 
 Instead of one sampled token, each thinking step feeds back the expectation of the next token's embedding:
 
-    p    = softmax(logits / tau)                     distribution over the vocabulary          section 3.1
-    ct   = p, truncated and renormalised             the concept token                         definition 1
-    e~   = sum_k ct[k] e(k)                          the next input embedding                  eq. 2
-    H(p) = -sum_k p[k] log p[k] < tau_H              for k steps in a row: Cold Stop           section 3.3
+    p    = softmax(logits / tau)                     distribution over the vocabulary
+    ct   = p, truncated and renormalised             the concept token
+    e~   = sum_k ct[k] e(k)                          the next input embedding
+    H(p) = -sum_k p[k] log p[k] < tau_H              for k steps in a row: Cold Stop
     answer: ordinary sampling after </think>
 
 The truncation's order (top-k, top-p, min-p, max-topk, each renormalised) is the official code's; the paper only says
@@ -127,7 +127,7 @@ def truncated(logits: Tensor, temperature: float, top_k: int, top_p: float, min_
 
 def concept_token(logits: Tensor, temperature: float = 0.6, top_k: int = 30, top_p: float = 0.95, min_p: float = 0.001,
                   max_topk: int = 10) -> tuple[Tensor, Tensor, Tensor]:
-    """The concept token ct of each row (definition 1) and the entropy H(p) that Cold Stop watches.
+    """The concept token ct of each row, and the entropy H(p) that Cold Stop watches.
 
     logits float [B, V] -> ids LongTensor [B, n] by falling probability, probs float [B, n] that sum to 1 (0 where
     fewer than n remain), entropy float [B] in nats, taken before truncation.  n = min(max_topk, top_k, V); top_k = 0
@@ -142,7 +142,7 @@ def concept_token(logits: Tensor, temperature: float = 0.6, top_k: int = 30, top
 
 
 def concept_embedding(embedding_weight: Tensor, ids: Tensor, probs: Tensor) -> Tensor:
-    """The next input embedding, e~ = sum_k ct[k] e(k) (eq. 2), summed in float32 (probs' dtype).
+    """The next input embedding, e~ = sum_k ct[k] e(k), summed in float32 (probs' dtype).
 
     embedding_weight [V, d], ids [B, n], probs float32 [B, n] -> [B, d] in embedding_weight's dtype.
     """
@@ -373,16 +373,18 @@ def think(model: Transformer, tokenizer: Tokenizer, questions: list[str], settin
     watch(token, thinking, ids, probs) is called at every step with what is fed in row 0, as tensors.
     UserError for an empty question, or a prompt that is longer than the context window.
     """
-    jobs = []
-    for index, (question, sample) in enumerate(zip(questions, samples or [0] * len(questions))):
+    prompts = {}
+    for question in dict.fromkeys(questions):  # each once, and all of them before the first is decoded
         if not question.strip():
             raise UserError("the question is empty: pass --question TEXT")
         if any("\ud800" <= c <= "\udfff" for c in question):
             raise UserError("the question is not valid UTF-8 text")
-        prompt = build_prompt(tokenizer, question)
-        check_prompt(model.config, tokenizer.encode(prompt), question)
+        prompts[question] = build_prompt(tokenizer, question)
+        check_prompt(model.config, tokenizer.encode(prompts[question]), question)
+    jobs = []
+    for index, (question, sample) in enumerate(zip(questions, samples or [0] * len(questions))):
         seeds = (seed, int.from_bytes(hashlib.sha256(question.encode()).digest()[:8], "little"), sample)
-        jobs.append(Job(index, question, prompt, sample, seeds))
+        jobs.append(Job(index, question, prompts[question], sample, seeds))
 
     def requests() -> Iterator[Request]:
         text, prompt = None, None
@@ -490,6 +492,9 @@ def main(arguments: list[str] | None = None) -> int:
                 raise UserError(f"--{name.replace('_', '-')} must be at least {low}, not {getattr(args, name)}")
         if args.question is not None and (args.task or args.data):
             raise UserError("--question asks one question, --task and --data score many: pass one of them")
+        for name in ("limit", "methods", "json"):
+            if getattr(args, name) is not None and not (args.task or args.data):
+                raise UserError(f"--{name} goes with --task or --data")
         score(args) if args.task or args.data else answer(args)
     except (UserError, tasks.UserError) as error:
         return fail(str(error))

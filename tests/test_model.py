@@ -28,6 +28,8 @@ from model import (
     load,
 )
 
+NATIVE = M.choose("cpu", None)[1] == torch.bfloat16
+
 
 def close(a, b, tolerance):
     return ((a - b).norm() / b.norm()).item() < tolerance
@@ -94,7 +96,7 @@ def test_what_a_row_held_before_does_not_come_back(folder_of):
     assert close(model(embeds[:, 5:6], cache)[0, 0], model(embeds[:, :6])[0, 5], 1e-5)
 
 
-@pytest.mark.skipif(M.choose("cpu", None)[1] != torch.bfloat16, reason="this processor has no bfloat16 instructions")
+@pytest.mark.skipif(not NATIVE, reason="this processor has no bfloat16 instructions")
 @pytest.mark.parametrize("n, m", [(1536, 576), (3584, 512), (640, 192)])
 def test_a_row_of_a_bfloat16_product_has_the_same_bits_in_every_batch(n, m):
     generator = torch.Generator().manual_seed(0)
@@ -174,9 +176,6 @@ def run(model, rows, order=None, limits=(20, 5, 13, 1, 9, 20, 2, 7, 16)):
     requests = [Request(Prompt(embeds[i]), (i, limits[i])) for i in order or range(len(embeds))]
     method = Greedy(model, rows)
     return {out[0]: out[1:] for out in decode(model, requests, method, rows)}, method
-
-
-NATIVE = M.choose("cpu", None)[1] == torch.bfloat16
 
 
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.skipif(

@@ -336,6 +336,8 @@ def test_a_question_in_the_terminal_and_its_record(folder_of, capsys, tmp_path):
     (["--dimension", "8", "--question", "x" * 200], "the context window 64"),
     (["--acquisition", "magic"], "invalid choice: 'magic'"),
     (["--stop-threshold", "-1"], "--stop-threshold must be at least 0"),
+    (["--question", "x", "--json", "t.json"], "--json goes with --task or --data"),
+    (["--analyse", "--task", "tiny"], "--analyse studies one question"),
     (["--task", "nothing"], "no task 'nothing'"),
 ])
 def test_mistakes_are_one_line_and_exit_code_2(arguments, said, folder_of, capsys):

@@ -494,6 +494,7 @@ def test_started_again_it_goes_on_and_other_settings_are_refused(folder_of, caps
     (["--question", "x", "--noise", "gumbel", "--method", "cot"], "it needs method soft, not cot"),
     (["--question", "x" * 99], "tokens, the context window 64"),
     (["--question", "x", "--output", "/nowhere/x.jsonl"], "cannot read and write /nowhere/x.jsonl"),
+    (["--question", "x", "--limit", "3"], "--limit goes with --task or --data"),
     (["--question", "x", "--task", "tiny"], "--question asks one question"),
     (["--task", "gsm9k"], "no task 'gsm9k' (did you mean gsm8k"),
     (["--task", "tiny", "--methods", "soft,hard"], "--methods: no method 'hard'; there are soft, cot, greedy"),
