@@ -13,10 +13,15 @@ else is one of these under another name, such as the DeepSeek-R1 distillations.
 """
 
 import difflib
+import itertools
 import json
 import math
+import os
 import re
-from collections.abc import Iterable, Iterator
+import shutil
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -164,20 +169,39 @@ def rope_frequencies(config: Config) -> tuple[Tensor, float]:
 # ------------------------------------------------------------------------------------------------------ transformer
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [..., n] times weight [m, n] transposed -> [..., m].
-
-    On a CPU PyTorch sums the products of a single row in another order than those of several.  A single row is therefore
-    multiplied as two: then a row's bits (in bfloat16) do not depend on how many rows stand beside it.
-    """
-    if x.device.type == "cpu" and x.dtype == torch.bfloat16 and x.numel() == x.shape[-1]:
-        return F.linear(torch.cat([x, x]), weight, bias)[:1]
-    return F.linear(x, weight, bias)
-
-
 class Linear(nn.Linear):
+    """x [..., n] -> [..., m].  Decoding multiplies with `packed`, where `Transformer.pack` has made it: the same weight, laid
+    out in the blocks that the processor's matrix instructions read."""
+
+    packed: Tensor | None = None
+
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+        if self.packed is not None and torch.is_inference_mode_enabled():
+            return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        return F.linear(x, self.weight, self.bias)
+
+
+class Int8Linear(nn.Module):
+    """x [..., n] -> [..., m] from a weight in 8 bits, int8 [m, n], with one scale for each of its m rows.
+
+    The scale is rounded first and the weight then rounded to its multiples, so that only the second rounding is an error:
+    at most half a scale, 1/254 of the largest weight of the row.  Products accumulate in float32.
+    """
+
+    def __init__(self, linear: Linear):
+        super().__init__()
+        weight = linear.weight.detach().float()
+        scale = (weight.abs().amax(1) / 127).clamp(min=1e-6).to(linear.weight.dtype)
+        self.register_buffer("weight", (weight / scale[:, None].float()).round().clamp(-127, 127).to(torch.int8))
+        self.register_buffer("scale", scale)
+        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu" and torch.is_inference_mode_enabled():
+            y = torch._weight_int8pack_mm(x.flatten(0, -2), self.weight, self.scale).view(*x.shape[:-1], -1)
+        else:
+            y = F.linear(x, self.weight.to(x.dtype)) * self.scale
+        return y if self.bias is None else y + self.bias
 
 
 class Attention(nn.Module):
@@ -201,16 +225,13 @@ class Attention(nn.Module):
         # Rotate pairs (x1, x2) half a head apart: (x1 cos - x2 sin, x2 cos + x1 sin).  sin carries the minus already.
         qk = torch.addcmul(qk * cos, qk.roll(h // 2, -1), sin).to(x.dtype)  # cos and sin are float32
         q, k = qk.split([H, K], dim=2)
-        k, v = k.transpose(1, 2), v.transpose(1, 2)  # [B, K, T, h]
-        if cache is None or cache.empty:
-            if cache is not None:
-                cache.write(layer, k, v)
-            y = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, is_causal=True, enable_gqa=H != K)  # [B, H, T, h]
-            y = y.transpose(1, 2)
-        else:  # T = 1: the H / K query heads of a group stand where positions would, so keys are read once for all
-            cache.write(layer, k, v)
-            k, v = cache.read(layer, B)  # [B, K, S, h]
-            y = F.scaled_dot_product_attention(q.reshape(B, K, H // K, h), k, v, attn_mask=cache.mask)
+        k, v = (k.transpose(1, 2), v.transpose(1, 2)) if cache is None else cache.extend(layer, k, v)  # [B, K, S, h]
+        mask = None if cache is None else cache.mask
+        if T == 1:  # the H / K query heads of a group stand where positions would, so that keys are read once for all
+            y = F.scaled_dot_product_attention(q.reshape(B, K, H // K, h), k, v, attn_mask=mask)  # [B, K, H / K, h]
+        else:
+            y = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=H != K)
+            y = y.transpose(1, 2)  # [B, T, H, h]
         return self.o(y.reshape(B, T, H * h))
 
 
@@ -236,6 +257,15 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
+def quantise(module: nn.Module) -> None:
+    """Every matrix inside in 8 bits."""
+    for name, child in list(module.named_children()):
+        if isinstance(child, Linear):
+            setattr(module, name, Int8Linear(child))
+        else:
+            quantise(child)
+
+
 class Transformer(nn.Module):
     """Embeddings in, hidden states out; differentiable.  `model.embed(ids)` and `model.logits(hidden)` are its ends."""
 
@@ -245,29 +275,27 @@ class Transformer(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.d)  # LongTensor [...] -> [..., d]
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.d, config.norm_eps)
-        self.head = None if config.tied else Linear(config.d, config.vocab_size, bias=False)
+        self.head = Linear(config.d, config.vocab_size, bias=False)
+        if config.tied:
+            self.head.weight = self.embed.weight
         # cos and sin of every position so far, [positions, h].  No buffers: they stay float32 whatever the weights become.
         self.cos = self.sin = torch.empty(0, config.head_dim)
+        self.compiled = False
 
     def forward(self, embeds: Tensor, cache: "KVCache | None" = None) -> Tensor:
         """Hidden states after the final norm.
 
-        embeds [B, T, d] -> [B, T, d] in the weights' dtype.  Causal from position 0.  Shorter rows are padded on the
-        right with anything: causality keeps it from what stands before.  With a cache: an empty one takes in the T
-        positions of a prompt; afterwards each of its first B rows goes on by one position (T = 1).
+        embeds [B, T, d] -> [B, T, d] in the weights' dtype.  Causal.  Shorter rows are padded on the right with anything:
+        causality keeps it from what stands before.  With a cache of B rows that has room for T more positions in each,
+        every row goes on from where it stands; without one from position 0.
         """
-        B, T, _ = embeds.shape
-        if cache is None or cache.empty:
-            positions, longest = torch.arange(T, device=embeds.device)[None], T  # [1, T]
-        else:
-            positions, longest = cache.advance(B), cache.S  # [B, 1]
-        cos, sin = self.rotation(positions, longest)
-        x = embeds
+        T = embeds.shape[1]
+        positions, longest = (torch.arange(T, device=embeds.device)[None], T) if cache is None else cache.advance(T)
+        return self.run(embeds, *self.rotation(positions, longest), cache)
+
+    def run(self, x: Tensor, cos: Tensor, sin: Tensor, cache: "KVCache | None") -> Tensor:
         for layer, block in enumerate(self.blocks):
             x = block(x, cos, sin, layer, cache)
-        if cache is not None and cache.empty:
-            cache.lengths.fill_(T)
-            cache.host_lengths = [T] * len(cache.host_lengths)
         return self.norm(x)
 
     def rotation(self, positions: Tensor, longest: int) -> tuple[Tensor, Tensor]:
@@ -284,8 +312,44 @@ class Transformer(nn.Module):
 
         A bfloat16 product accumulates in float32 and is rounded to bfloat16 once.
         """
-        logits = linear(hidden, self.embed.weight if self.head is None else self.head.weight)
+        logits = self.head(hidden)
         return logits if logits.dtype == torch.float64 else logits.float()
+
+    def step(self, embeds: Tensor, cache: "KVCache") -> Tensor:
+        """What `decode` runs: each row of the cache goes on by one embedding.  [B, d] -> float32 logits [B, V]."""
+        rotation = self.rotation(*cache.advance(1))
+        if self.compiled:  # once for all lengths and capacities, not for each
+            for x, dim in ((cache.mask, 3), *((x, 1) for x in cache.keys + cache.values)):
+                torch._dynamo.maybe_mark_dynamic(x, dim)
+        return self.one(embeds[:, None], *rotation, cache)
+
+    def one(self, x: Tensor, cos: Tensor, sin: Tensor, cache: "KVCache") -> Tensor:
+        return self.logits(self.run(x, cos, sin, cache)[:, 0])
+
+    def compile_step(self) -> None:
+        """From now on decoding runs `one` compiled by Inductor: one function, with what stands between the products fused.
+
+        On a CPU the weights become constants of it, laid out for it (a second copy), and each product is tried in several
+        forms.  The compiler runs at the first step; on a CPU that takes about a minute and needs a C++ compiler.
+        """
+        if self.embed.weight.device.type == "cpu":
+            config = torch._inductor.config
+            config.freezing, config.max_autotune, config.max_autotune_gemm_backends = True, True, "CPP,ATEN"
+        self.one = torch.compile(self.one)
+        self.compiled = True
+
+    def pack(self) -> None:
+        """On a CPU that multiplies bfloat16: lay out every matrix for decoding, beside the original.
+
+        PyTorch would do so again in every product, which takes longer than the product of a few rows.
+        """
+        weight = self.embed.weight
+        if self.compiled or weight.device.type != "cpu" or weight.dtype != torch.bfloat16 or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            return
+        for linear in (m for m in self.modules() if isinstance(m, Linear)):
+            if linear.packed is None or linear.version != linear.weight._version:  # not yet, or changed since
+                linear.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
+                linear.version = linear.weight._version
 
 
 # --------------------------------------------------------------------------------------------------------- decoding
@@ -294,84 +358,111 @@ class Transformer(nn.Module):
 class KVCache:
     """Keys and values of `rows` sequences, each at its own length; grows as they do.
 
-    Per layer one tensor [2, rows, K, capacity, h].  Attention reads the first S positions of it, S being the longest
-    length in use rounded up to a multiple of BLOCK.  The rounding keeps a row's arithmetic, hence its bits, the same
-    whichever neighbours it has (in bfloat16 on a CPU; elsewhere matrix products of other sizes round otherwise).
+    Per layer two tensors [rows, capacity, K, h].  Attention reads the first S positions of them, S being the longest
+    length in use, rounded up.  The rounding keeps shapes few (on CUDA each needs a recording) and a row's arithmetic,
+    hence its bits, the same whichever neighbours it has.
+
+    What the host decides (`reserve`) and what the device computes (`advance`, `extend`) are apart, so that the second can
+    be recorded once and replayed.
     """
 
-    BLOCK = 128
-
-    def __init__(self, model: Transformer, rows: int, capacity: int):
+    def __init__(self, model: "Transformer", rows: int, capacity: int):
         c, weight = model.config, model.embed.weight
-        self.most = -(-c.context // self.BLOCK) * self.BLOCK  # positions that a row can ever hold
-        self.shape = (2, rows, c.kv_heads, capacity, c.head_dim)
-        # Zeros, because what is masked is still multiplied (by 0), and 0 times an uninitialised NaN is NaN.
-        self.layers = [torch.zeros(self.shape, dtype=weight.dtype, device=weight.device) for _ in model.blocks]
+        self.rows = torch.arange(rows, device=weight.device)[:, None]
         self.lengths = torch.zeros(rows, dtype=torch.long, device=weight.device)
-        self.host_lengths = [0] * rows  # the same numbers, to be had without waiting for the device
-        self.mask: Tensor | None = None
+        # Zeros, because what is masked is still multiplied (by 0), and 0 times an uninitialised NaN is NaN.
+        shape = (rows, capacity, c.kv_heads, c.head_dim)
+        self.keys, self.values = ([torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in model.blocks]
+                                  for _ in "kv")
+        self.S, self.moves, self.mask, self.positions = 0, 0, None, None
 
-    @property
-    def empty(self) -> bool:
-        return not any(self.host_lengths)
+    def reserve(self, longest: int) -> None:
+        """Have room for rows of up to that many positions."""
+        cpu = self.lengths.device.type == "cpu"
+        step = max(64 if cpu else 256, 1 << max(0, longest.bit_length() - (4 if cpu else 2)))  # 8 or 2 sizes per doubling
+        self.S, old = -(-longest // step) * step, self.keys[0].shape[1]
+        if self.S > old:
+            self.moves += 1
+            for tensors in (self.keys, self.values):
+                for layer, x in enumerate(tensors):  # one after another, so that only one is there twice
+                    tensors[layer] = x.new_zeros(len(x), max(self.S, old * 3 // 2), *x.shape[2:])  # by half: copying costs little per token
+                    tensors[layer][:, :old] = x
 
-    def advance(self, B: int) -> Tensor:
-        """Make room for one position in each of the first B rows; their positions, LongTensor [B, 1]."""
-        self.rows, self.positions = torch.arange(B, device=self.lengths.device), self.lengths[:B].clone()
-        self.lengths[:B] += 1
-        self.host_lengths[:B] = [n + 1 for n in self.host_lengths[:B]]
-        self.S = -(-max(self.host_lengths[:B]) // self.BLOCK) * self.BLOCK
-        self.grow(self.S)
-        self.mask = (torch.arange(self.S, device=self.lengths.device) <= self.positions[:, None])[:, None, None]  # [B,1,1,S]
-        return self.positions[:, None]
+    def advance(self, T: int) -> tuple[Tensor, int]:
+        """Every row is T positions longer: the positions that are new, LongTensor [rows, T], and what they are below.
 
-    def grow(self, capacity: int) -> None:
-        """Have at least that capacity; doubling, so that copying costs little per token."""
-        old = self.shape[3]
-        if capacity <= old:
-            return
-        self.shape = (*self.shape[:3], max(capacity, min(2 * old, self.most)), self.shape[4])
-        for layer, kv in enumerate(self.layers):
-            self.layers[layer] = torch.zeros(self.shape, dtype=kv.dtype, device=kv.device)
-            self.layers[layer][:, :, :, :old] = kv
+        A row that nobody uses (any more) may point behind what is reserved: it stays at the last positions.
+        """
+        device = self.lengths.device
+        self.positions = (self.lengths.clamp(max=self.S - T)[:, None] + torch.arange(T, device=device)).contiguous()  # [rows, T]
+        self.lengths += T
+        hidden = torch.arange(self.S, device=device) > self.positions[:, None, :, None]
+        self.mask = torch.zeros(hidden.shape, dtype=self.keys[0].dtype, device=device).masked_fill_(hidden, -math.inf)  # [rows, 1, T, S]
+        return self.positions, self.S
 
-    def write(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """k, v [B, K, T, h]: a whole prompt into an empty cache, or (T = 1) one position after `advance`."""
-        keys, values = self.layers[layer]
-        if self.empty:
-            keys[:, :, : k.shape[2]], values[:, :, : v.shape[2]] = k, v
-        else:
-            keys[self.rows, :, self.positions], values[self.rows, :, self.positions] = k[:, :, 0], v[:, :, 0]
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Put the new positions' k, v [rows, T, K, h] in their places; all keys and values in use, [rows, K, S, h]."""
+        keys, values, S = self.keys[layer], self.values[layer], self.mask.shape[-1]
+        keys.index_put_((self.rows, self.positions), k)
+        values.index_put_((self.rows, self.positions), v)
+        return keys[:, :S].transpose(1, 2), values[:, :S].transpose(1, 2)
 
-    def read(self, layer: int, B: int) -> Tensor:
-        """Keys and values in use, [2, B, K, S, h]."""
-        return self.layers[layer][:, :B, :, : self.S]
+    def take(self, row: int, source: "KVCache | None", T: int) -> None:
+        """Begin a row with the first T positions of another cache's only row; None: with nothing."""
+        self.reserve(T)
+        for layer, x in enumerate(self.keys + self.values):
+            x[row] = 0  # what is behind T is masked, but a NaN would not be
+            if source:
+                x[row, :T] = (source.keys + source.values)[layer][0, :T]
+        self.lengths[row] = T
 
-    def copy_row(self, source: "KVCache", from_row: int, to_row: int) -> None:
-        """Take over one row of a cache, which may be this one."""
-        T, before = source.host_lengths[from_row], self.host_lengths[to_row]
-        self.grow(T)
-        for mine, theirs in zip(self.layers, source.layers):
-            mine[:, to_row, :, :T] = theirs[:, from_row, :, :T]
-            mine[:, to_row, :, T:before] = 0  # what the row held before is masked, but a NaN in it would not be
-        self.lengths[to_row], self.host_lengths[to_row] = T, T
+    @staticmethod
+    def fitting(model: "Transformer", rows: int, positions: int) -> int:
+        """As many of the rows as fit in what is free with that many positions each, said on standard error if fewer.
+
+        UserError where not even one does.
+        """
+        c, weight = model.config, model.embed.weight
+        row = 2 * c.layers * c.kv_heads * c.head_dim * weight.itemsize * min(positions, c.context) * 3 // 2  # see `reserve`
+        row += 32 * c.vocab_size  # float32 logits and what a method makes of them
+        free = 0.9 * free_memory(weight.device)
+        if (fit := min(rows, int(free / row) - 1)) < 1:  # one more, in which the next prompt is taken in
+            raise UserError(f"a sequence of {positions} positions needs {2 * row / 1e9:.1f} GB for its keys and values, "
+                            f"{free / 1e9:.1f} GB are free on {weight.device}: lower --max-new-tokens")
+        if fit < rows:
+            print(f"{fit} instead of {rows} sequences side by side: each may need {row / 1e9:.2f} GB, {free / 1e9:.1f} GB are free",
+                  file=sys.stderr)
+        return fit
 
 
 @dataclass(eq=False)
 class Prompt:
-    """A prompt as embeddings [T, d].  However many requests begin with it, it is taken in once, by the first."""
+    """A prompt as embeddings [T, d], T >= 1.  However many requests begin with it, it is taken in once.
+
+    All but its last embedding are: that one a request is fed in its first step.
+    """
+
+    CHUNK = 512  # positions taken in at once: a long prompt does not keep the others waiting for long
 
     embeds: Tensor
     cache: KVCache | None = None  # its keys and values, one row
-    logits: Tensor | None = None  # [1, V], what follows it
+    taken: int = 0  # positions that are in it
 
-    def prefill(self, model: Transformer) -> None:
+    @property
+    def ready(self) -> bool:
+        return self.taken == len(self.embeds) - 1
+
+    def prefill(self, model: "Transformer") -> int:
+        """Take in the next chunk; how many positions it had."""
         if self.cache is None:
-            self.cache = KVCache(model, 1, len(self.embeds))
-            self.logits = model.logits(model(self.embeds[None], self.cache)[:, -1])
-            if not self.logits.isfinite().all():
-                raise UserError("the model's logits are not finite: its weights are damaged, or float16 overflows "
-                                "(then use --dtype bfloat16)")
+            self.cache = KVCache(model, 1, len(self.embeds) - 1)
+        chunk = self.embeds[self.taken : len(self.embeds) - 1][: self.CHUNK]
+        self.cache.reserve(self.taken + len(chunk))
+        if not model(chunk[None], self.cache).isfinite().all():
+            raise UserError("the model's hidden states are not finite: its weights are damaged, or float16 overflows "
+                            "(then use --dtype bfloat16)")
+        self.taken += len(chunk)
+        return len(chunk)
 
 
 @dataclass(eq=False)
@@ -382,42 +473,109 @@ class Request:
     data: Any = None
 
 
+class Flags:
+    """A copy of a bool tensor on its way to the host.  On CUDA nobody waits for it before `list` is asked for."""
+
+    def __init__(self, x: Tensor):
+        self.host = x.to("cpu", non_blocking=True, copy=True)
+        self.event = torch.cuda.Event() if x.is_cuda else None
+        if self.event:
+            self.event.record()
+
+    def list(self) -> list[bool]:
+        if self.event:
+            self.event.synchronize()
+        return self.host.tolist()
+
+
+RECORDED = {"cuda"}  # where a step is one recorded graph
+LATE = {"cpu": 0, "cuda": 1}  # steps after which the end of a sequence is noticed: the GPU works on while the host looks
+
+
 @torch.inference_mode()
-def decode(model: Transformer, requests: Iterable[Request | None], method, rows: int) -> Iterator:
-    """Decode requests, up to `rows` at a time, and yield `method.end(row)` for each as soon as it is finished.
+def decode(model: "Transformer", requests: Iterable[Request | None], method, rows: int, after: Callable | None = None) -> Iterator:
+    """Decode requests in `rows` slots, and yield `method.end(row)` for each as soon as it is finished.
 
-    A free row takes the next request at once.  Where a request waits for the result of another, a generator may yield
-    None: nothing at present, ask again after the next step.  Prompts are prefilled one by one, so their lengths may
-    differ and nothing is padded; rows in use stay side by side, so a finished row costs nothing.
+    A free slot takes the next request at once.  Where a request waits for the result of another, a generator may yield
+    None: nothing at present, ask again after the next step.  Prompts are taken in one by one, by chunks between the steps
+    of the others, so their lengths may differ and nothing is padded.  All slots are computed in every step, used or not:
+    with the shapes always the same, what a request yields does not depend, to the bit, on its slot, its neighbours, or
+    when it came; and on CUDA a step is one recorded graph.
 
-    A method keeps its own state per row and has four functions:
-        method.begin(row, request)       a request has taken this row
-        method.step(logits)              float32 [n, V] of rows 0..n-1 -> next embeddings [n, d], finished: bool [n]
-        method.end(row)                  the row is finished: its result
-        method.move(from_row, to_row)    what was one row is another now
+    A method keeps its own state per row, on the device, and has three functions:
+        method.begin(row, request)    a request has taken this row
+        method.step(logits, live)     float32 [rows, V] -> next embeddings [rows, d], finished: bool [rows].
+                                      Only rows that are live, bool [rows], may change their state.
+        method.end(row)               the row is finished: its result
+    after(), if given, is called after every step.  A method that needs the host in its steps says so by method.host = True.
     """
-    cache = KVCache(model, rows, KVCache.BLOCK)
-    logits = torch.empty(0, model.config.vocab_size, device=model.embed.weight.device)
-    waiting, n = iter(requests), 0  # n rows are in use
-    while True:
-        while n < rows and (request := next(waiting, None)) is not None:
-            request.prompt.prefill(model)
-            cache.copy_row(request.prompt.cache, 0, n)
-            logits = torch.cat([logits, request.prompt.logits])
-            method.begin(n, request)
-            n += 1
-        if not n:
+    device = model.embed.weight.device
+    model.pack()
+    cache = KVCache(model, rows, 256)
+    embeds = torch.zeros(rows, model.config.d, dtype=model.embed.weight.dtype, device=device)  # what each row is fed next
+    live = torch.zeros(rows, dtype=torch.bool, device=device)
+    slots: list[Request | None] = [None] * rows
+    lengths, born = [0] * rows, [0] * rows  # positions of each row; the step before which it began
+    waiting, coming, pending = iter(requests), None, deque()
+
+    def step() -> None:
+        """One position further in every row: all on the device, nothing waits for it."""
+        following, finished = method.step(model.step(embeds, cache), live)
+        embeds.copy_(following)
+        live.logical_and_(~finished)
+
+    advance = Graphs(step, cache) if device.type in RECORDED and not getattr(method, "host", False) else step
+    for now in itertools.count():
+        budget = Prompt.CHUNK  # positions of prompts that are taken in before the next step
+        while None in slots and (budget > 0 or not any(slots)):
+            if coming is None and (coming := next(waiting, None)) is None:
+                break
+            if not coming.prompt.ready:
+                budget -= coming.prompt.prefill(model)
+                continue
+            row, T = slots.index(None), len(coming.prompt.embeds) - 1
+            cache.take(row, coming.prompt.cache, T)
+            embeds[row], live[row] = coming.prompt.embeds[-1], True
+            slots[row], lengths[row], born[row] = coming, T, now
+            method.begin(row, coming)
+            coming = None
+        if not any(slots):
             return
-        embeds, finished = method.step(logits)
-        ended = finished.tolist()  # the one wait for the device in a step
-        for row in (row for row in reversed(range(n)) if ended[row]):
-            yield method.end(row)
-            n -= 1
-            if row < n:
-                cache.copy_row(cache, n, row)
-                method.move(n, row)
-                embeds[row] = embeds[n]
-        logits = model.logits(model(embeds[:n, None], cache)[:, 0]) if n else logits[:0]
+        lengths = [n + 1 if request else 0 for n, request in zip(lengths, slots)]
+        cache.reserve(max(lengths))
+        advance()
+        if after:
+            after()
+        pending.append((now, Flags(live)))
+        if len(pending) > LATE[device.type]:
+            then, flags = pending.popleft()
+            for row, lives in enumerate(flags.list()):
+                if slots[row] and born[row] <= then and not lives:
+                    yield method.end(row)
+                    slots[row] = None
+
+
+class Graphs:
+    """Runs `step` from a recording, one for each number of positions that attention reads: launching the kernels of a step
+    one by one takes the host longer than running them takes the GPU."""
+
+    def __init__(self, step: Callable[[], None], cache: KVCache):
+        self.step, self.cache, self.moves, self.graphs = step, cache, cache.moves, {}
+
+    def __call__(self) -> None:
+        if self.moves != self.cache.moves:  # a recording knows tensors by their addresses
+            self.moves, self.graphs = self.cache.moves, {}
+        if graph := self.graphs.get(self.cache.S):
+            graph.replay()
+        else:
+            self.step()  # this step, done at once; the recording, which does nothing yet, is for those to come
+            self.graphs[self.cache.S] = self.record()
+
+    def record(self) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=next(iter(self.graphs.values())).pool() if self.graphs else None):
+            self.step()
+        return graph
 
 
 def check_prompt(config: Config, ids: list[int], question: str = "") -> None:
@@ -514,28 +672,53 @@ ALIASES = {
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}  # as safetensors spells them
 
 
-def load(name: str, device: str | None = None, dtype: torch.dtype | str | None = None) -> tuple[Transformer, Tokenizer]:
+def load(name: str, device: str | None = None, dtype: torch.dtype | str | None = None, quantize: str | None = None,
+         compile: bool = False) -> tuple[Transformer, Tokenizer]:
     """A model and its tokenizer by alias, Hugging Face id, or local folder.
 
     device: "cpu", "cuda", "cuda:1"; by default CUDA where there is one.  dtype: "bfloat16", "float16", "float32" or the
     torch dtype; by default bfloat16 on CUDA and on processors that multiply it natively, else float32.
+    quantize: "int8" keeps the matrices, but not the embeddings, in 8 bits: half the bytes of bfloat16; not for training.
+    compile: decoding is compiled by Inductor, which takes about a minute at the first step and needs a compiler.
     Weights go from the file to the device in pieces; nothing of a model's own code is run.
     Raises UserError for whatever the user can mend.
     """
     device, dtype = choose(device, dtype)
+    if quantize not in (None, "int8"):
+        raise UserError(f"unknown quantisation {quantize}: use int8")
+    if compile and device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")) and not shutil.which("clang++"):
+        raise UserError("compiling for a CPU needs a C++ compiler, and there is no g++: install one, or leave --compile out")
     folder = find_folder(name)
     config = read_config(folder)
     tokenizer = Tokenizer(folder)
     with torch.device("meta"):  # shapes only: memory is asked for when it is known to suffice
         model = Transformer(config).to(dtype).requires_grad_(False)
-    files = weight_files(folder)
-    places = check_tensors(files, hf_tensors(model), config.tied)
-    check_memory(sum(p.numel() for p in model.parameters()) * dtype.itemsize, device, dtype)
-    if device.type == "cuda":  # partial sums too, not only whole ones, are float32
+    files, views = weight_files(folder), hf_tensors(model)
+    places = check_tensors(files, views, config.tied)
+    embeddings = model.embed.weight.numel()
+    size = (sum(p.numel() for p in model.parameters()) - embeddings) * (1 if quantize else dtype.itemsize)
+    check_memory(size + embeddings * (dtype.itemsize + (config.tied and bool(quantize))), device, dtype, quantize)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        # Partial sums too, not only whole ones, are float32.
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
-    model.to_empty(device=device)
-    read_weights(places, hf_tensors(model))
+    total = sum(math.prod(views[name].shape) * place.dtype.itemsize for name, place in places.items())
+    with tqdm(desc="loading weights", total=total, unit="B", unit_scale=True, delay=1, leave=False) as bar:
+        for i, block in enumerate(model.blocks):
+            read_weights(places, block_tensors(config, i, block.to_empty(device=device)), bar)
+            if quantize:  # block by block: the whole model is nowhere in 16 bits
+                quantise(block)
+        blocks, model.blocks = model.blocks, nn.ModuleList()
+        model.to_empty(device=device)
+        if config.tied:
+            model.head.weight = model.embed.weight
+        read_weights(places, hf_tensors(model), bar)
+        if quantize:
+            quantise(model)
+        model.blocks = blocks
+    if compile:
+        model.compile_step()
     return model.eval(), tokenizer
 
 
@@ -644,27 +827,30 @@ def hf_tensors(model: Transformer) -> dict[str, Tensor]:
 
     Writing to a view loads the model; saving the views saves it.
     """
-    c = model.config
-    q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
     views = {"model.embed_tokens.weight": model.embed.weight, "model.norm.weight": model.norm.weight}
-    if model.head is not None:
+    if not model.config.tied:
         views["lm_head.weight"] = model.head.weight
+    for i, block in enumerate(model.blocks):
+        views |= block_tensors(model.config, i, block)
+    return views
+
+
+def block_tensors(c: Config, i: int, block: Block) -> dict[str, Tensor]:
+    """Those of layer i."""
+    p, q, kv = f"model.layers.{i}.", c.heads * c.head_dim, c.kv_heads * c.head_dim
+    views = {p + "input_layernorm.weight": block.norm1.weight, p + "post_attention_layernorm.weight": block.norm2.weight}
 
     def split(linear: nn.Linear, names: tuple[str, ...], sizes: list[int]) -> None:
         for kind, parameter in linear.named_parameters():  # weight, and bias where there is one
-            views.update({f"{name}.{kind}": part for name, part in zip(names, parameter.split(sizes))})
+            views.update({f"{p}{name}_proj.{kind}": part for name, part in zip(names, parameter.split(sizes))})
 
-    for i, block in enumerate(model.blocks):
-        p, attention, mlp = f"model.layers.{i}.", block.attention, block.mlp
-        views[p + "input_layernorm.weight"] = block.norm1.weight
-        views[p + "post_attention_layernorm.weight"] = block.norm2.weight
-        split(attention.qkv, tuple(p + f"self_attn.{x}_proj" for x in "qkv"), [q, kv, kv])
-        split(attention.o, (p + "self_attn.o_proj",), [c.d])
-        split(mlp.gate_up, (p + "mlp.gate_proj", p + "mlp.up_proj"), [c.ffn, c.ffn])
-        split(mlp.down, (p + "mlp.down_proj",), [c.d])
-        if c.qk_norm:
-            views[p + "self_attn.q_norm.weight"] = attention.q_norm.weight
-            views[p + "self_attn.k_norm.weight"] = attention.k_norm.weight
+    split(block.attention.qkv, ("self_attn.q", "self_attn.k", "self_attn.v"), [q, kv, kv])
+    split(block.attention.o, ("self_attn.o",), [c.d])
+    split(block.mlp.gate_up, ("mlp.gate", "mlp.up"), [c.ffn, c.ffn])
+    split(block.mlp.down, ("mlp.down",), [c.d])
+    if c.qk_norm:
+        views[p + "self_attn.q_norm.weight"] = block.attention.q_norm.weight
+        views[p + "self_attn.k_norm.weight"] = block.attention.k_norm.weight
     return views
 
 
@@ -716,33 +902,33 @@ def free_memory(device: torch.device) -> float:
     return int(re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())[1]) * 1024 if meminfo.exists() else math.inf
 
 
-def check_memory(needed: int, device: torch.device, dtype: torch.dtype) -> None:
+def check_memory(needed: int, device: torch.device, dtype: torch.dtype, quantize: str | None) -> None:
     if needed > (free := free_memory(device)):
-        half = "--dtype bfloat16 (half of it), " if dtype == torch.float32 else ""
+        half = "" if quantize else "--quantize int8, " if dtype != torch.float32 else "--dtype bfloat16 (half of it), "
         other = "another --device" if device.type == "cuda" else "a machine with more"
-        raise UserError(f"the weights need {needed / 1e9:.1f} GB in {str(dtype)[6:]}, {free / 1e9:.1f} GB are free on "
+        raise UserError(f"the weights need {needed / 1e9:.1f} GB in {quantize or str(dtype)[6:]}, {free / 1e9:.1f} GB are free on "
                         f"{device}: use {half}a smaller --model, or {other}")
 
 
-def read_weights(places: dict[str, Place], views: dict[str, Tensor], chunk: int = 1 << 26) -> None:
-    """Copy each tensor from its file into the model, `chunk` bytes at a time.
+def read_weights(places: dict[str, Place], views: dict[str, Tensor], bar: tqdm, chunk: int = 1 << 26) -> None:
+    """Copy tensors from their files into the model, `chunk` bytes at a time.
 
     Plain reads, not a memory map: mapped pages count as the process's memory until unmapped.  On a CPU, where the dtype
-    is the file's, bytes go straight to their place; otherwise through one staging buffer (pinned for CUDA).
+    is the file's, bytes go straight to their place; otherwise through a staging buffer, for CUDA one that it copies from.
     """
     on_cpu = next(iter(views.values())).device.type == "cpu"
-    stage = torch.empty(chunk, dtype=torch.uint8, pin_memory=not on_cpu)
-    total = sum(views[name].numel() * place.dtype.itemsize for name, place in places.items())
-    with tqdm(desc="loading weights", total=total, unit="B", unit_scale=True, delay=1, leave=False) as bar:
-        for name, place in sorted(places.items(), key=lambda item: (item[1].file, item[1].offset)):
-            target = views[name].view(-1)
-            with open(place.file, "rb", buffering=0) as f:
-                f.seek(place.offset)
-                for part in target.split(chunk // place.dtype.itemsize):
-                    direct = on_cpu and part.dtype == place.dtype
-                    raw = part.view(torch.uint8) if direct else stage[: part.numel() * place.dtype.itemsize]
-                    if f.readinto(raw.numpy()) != raw.numel():
-                        raise UserError(f"{place.file} ended early: download it again")
-                    if not direct:
-                        part.copy_(raw.view(place.dtype))
-                    bar.update(raw.numel())
+    stage = None
+    for name, view in sorted(views.items(), key=lambda item: (places[item[0]].file, places[item[0]].offset)):
+        place, target = places[name], view.view(-1)
+        with open(place.file, "rb", buffering=0) as f:
+            f.seek(place.offset)
+            for part in target.split(chunk // place.dtype.itemsize):
+                direct = on_cpu and part.dtype == place.dtype
+                if not direct and stage is None:
+                    stage = torch.empty(chunk, dtype=torch.uint8, pin_memory=not on_cpu)
+                raw = part.view(torch.uint8) if direct else stage[: part.numel() * place.dtype.itemsize]
+                if f.readinto(raw.numpy()) != raw.numel():
+                    raise UserError(f"{place.file} ended early: download it again")
+                if not direct:
+                    part.copy_(raw.view(place.dtype))
+                bar.update(raw.numel())

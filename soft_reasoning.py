@@ -38,6 +38,7 @@ from torch import Tensor
 import tasks
 from gp import GP, expected_improvement, suggest
 from model import (
+    KVCache,
     Prompt,
     Request,
     Tokenizer,
@@ -92,6 +93,11 @@ class Settings:
         if not self.stop_threshold >= 0:
             raise ValueError(f"stop_threshold must be at least 0, not {self.stop_threshold}")
 
+    @property
+    def at_once(self) -> int:
+        """Generations that one search can have in work at the same time."""
+        return {"soft": self.k, "greedy": 1}.get(self.method, self.num_samples)
+
 
 # ----------------------------------------------------------------------------------------------------- one generation
 
@@ -134,9 +140,9 @@ class Rollouts:
         self.offset = per_row(model.config.d)
         self.rank = per_row(dtype=torch.long)
         self.heat = per_row(2)  # temperature of the first token, of the others
-        self.tokens, self.probs, self.margins = per_row(N, dtype=torch.long), per_row(N), per_row(N)
-        self.u = per_row(N)  # the uniform draw of each step
-        self.state = [self.t, self.limit, self.offset, self.rank, self.heat, self.tokens, self.probs, self.margins, self.u]
+        self.tokens, self.probs, self.margins = (
+            per_row(N + 1, dtype=torch.long), per_row(N + 1), per_row(N + 1))  # the last place: what comes when all is over
+        self.u = per_row(N + 1)  # the uniform draw of each step
 
     def begin(self, row: int, request: Request) -> None:
         g: Generation = request.data[-1]
@@ -148,18 +154,18 @@ class Rollouts:
         if g.first_temperature or g.temperature:
             self.u[row] = torch.from_numpy(np.random.default_rng(g.seeds).random(self.u.shape[1], dtype=np.float32))
 
-    def step(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """float32 [n, V] -> next embeddings [n, D], finished rows [n]."""
-        s, n = self.settings, len(logits)
-        rows = torch.arange(n, device=logits.device)
-        t = self.t[:n].clone()
+    def step(self, logits: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
+        """float32 [rows, V] -> next embeddings [rows, D], finished rows [rows]; those not live stay at their t."""
+        s = self.settings
+        rows = torch.arange(len(logits), device=logits.device)
+        t = self.t.clone()
         p = torch.softmax(logits, -1)
         width = max(2, s.num_samples) if s.method == "cot-decoding" else 2
-        top, ids = p.topk(min(width, p.shape[1]))  # [n, width]
+        top, ids = p.topk(min(width, p.shape[1]))  # [rows, width]
         first = t == 0
         # argmax, not the first of top-k: of equally probable tokens the two may name different ones.
-        branch = ids.gather(1, self.rank[:n, None])[:, 0]
-        token = torch.where(first & (self.rank[:n] > 0), branch, logits.argmax(-1))
+        branch = ids.gather(1, self.rank[:, None])[:, 0]
+        token = torch.where(first & (self.rank > 0), branch, logits.argmax(-1))
         if s.method in ("sc", "fire"):  # sampling by inverting the distribution function
             heat = self.heat[rows, torch.where(first, 0, 1)]
             hot = torch.softmax(logits / heat.clamp(min=1e-3)[:, None], -1)
@@ -169,15 +175,11 @@ class Rollouts:
             token = (mass < self.u[rows, t, None] * mass[:, -1:]).sum(-1)
         # x = z + sigma u A.  What is added is 0 but for the first token of a candidate.
         embeds = self.model.embed(token)
-        embeds = (embeds + self.offset[:n] * first[:, None]).to(embeds.dtype)
+        embeds = (embeds + self.offset * first[:, None]).to(embeds.dtype)
         self.tokens[rows, t], self.probs[rows, t] = token, p.gather(1, token[:, None])[:, 0]
         self.margins[rows, t] = top[:, 0] - top[:, 1]
-        self.t[:n] = t + 1
-        return embeds, (token[:, None] == self.eos).any(-1) | (t + 1 >= self.limit[:n])
-
-    def move(self, from_row: int, to_row: int) -> None:
-        for x in (*self.state, self.jobs):
-            x[to_row] = x[from_row]
+        self.t += live
+        return embeds, (token[:, None] == self.eos).any(-1) | (t + 1 >= self.limit)
 
     def end(self, row: int) -> tuple[tuple, Outcome]:
         ids, probs, margins = (x[row, : int(self.t[row])].tolist() for x in (self.tokens, self.probs, self.margins))
@@ -393,17 +395,23 @@ class Searcher:
 
 
 def reason(model: Transformer, tokenizer: Tokenizer, questions: list[Question], settings: Settings = Settings(),
-           batch_size: int = 16, watch: Callable | None = None) -> Iterator[tuple[int, dict]]:
+           batch_size: int | None = None, watch: Callable | None = None) -> Iterator[tuple[int, dict]]:
     """Search for many questions in one batch; yields (question.index, record) as each is finished.
 
     A search that waits for outcomes leaves its rows to the others.  No more searches are open at once than fill the
-    batch.  A record holds answer_text, thought_text, answers and tokens (one per generation), generation_tokens,
+    batch (batch_size sequences; default: as many as the questions can use at once, at most 16).  A record holds answer_text, thought_text, answers and tokens (one per generation), generation_tokens,
     verification_tokens, answer_tokens (both), seconds, and for method soft: points (round, u, reward_verifier,
     reward_coherence, reward, ei, answer, text, tokens), verdicts, rounds, stopped_by ("ei" | "gain" | "rounds").
     """
     searcher = Searcher(model, tokenizer, settings, watch)
     for question in questions:  # all of them before the first is decoded
         check_prompt(model.config, tokenizer.encode(build_prompt(tokenizer, question.message)), question.message)
+    if not questions:
+        return
+    # The longest sequence: k candidates in a verifier's prompt, or a generation.
+    longest = max(len(tokenizer.encode(build_prompt(tokenizer, q.message))) for q in questions)
+    longest += settings.max_new_tokens * (settings.k + 1 if settings.method == "soft" else 1)
+    rows = KVCache.fitting(model, batch_size or min(16, len(questions) * settings.at_once), longest)
     waiting, queue = deque(questions), deque()
     running: dict[int, list] = {}  # question index -> [search, outcomes so far, when it began]
     finished: list[tuple[int, dict]] = []
@@ -427,7 +435,7 @@ def reason(model: Transformer, tokenizer: Tokenizer, questions: list[Question], 
                 advance(question.index, None)
             yield queue.popleft() if queue else None
 
-    for (index, place, _), outcome in decode(model, requests(), Rollouts(model, tokenizer, settings, batch_size), batch_size):
+    for (index, place, _), outcome in decode(model, requests(), Rollouts(model, tokenizer, settings, rows), rows):
         outcomes = running[index][1]
         outcomes[place] = outcome
         if None not in outcomes:
@@ -510,7 +518,8 @@ def analyse(model: Transformer, tokenizer: Tokenizer, message: str, settings: Se
         s = Settings(**asdict(settings) | {"method": method, "max_new_tokens": 6})
         searcher, question = Searcher(model, tokenizer, s), question_of(0, message, seed)
         prompt = searcher.prompt(message)
-        prompt.prefill(model)  # before the hooks: only what is fed after the prompt is counted
+        while not prompt.ready:
+            prompt.prefill(model)
         generator = torch.Generator().manual_seed(seed)
         A = torch.randn(s.dimension, model.config.d, generator=generator) / math.sqrt(s.dimension)
         wanted = [Generation(prompt, offset=s.sigma * (torch.randn(s.dimension, generator=generator) @ A)) if name == "perturbed"
@@ -525,7 +534,8 @@ def analyse(model: Transformer, tokenizer: Tokenizer, message: str, settings: Se
             pass
         for handle in hooks:
             handle.remove()
-        results[name] = [(torch.cat(a).mean().item(), torch.cat(a).std().item()) for a in active]
+        active = [torch.cat(a[1:]) for a in active]  # without the first step, which is fed the prompt's last token
+        results[name] = [(a.mean().item(), a.std().item()) for a in active]
     lines.append("active MLP neurons, first five tokens: mean (standard deviation over tokens and samples)")
     lines.append("layer  perturbed        sampled          difference")
     for i, (p, q) in enumerate(zip(results["perturbed"], results["sampled"])):
@@ -562,6 +572,8 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="of all randomness (default: 0)")
     parser.add_argument("--batch-size", type=int, default=16, help="sequences decoded side by side (default: 16)")
     parser.add_argument("--device", help="cpu, cuda, or cuda:N (default: cuda where there is one)")
+    parser.add_argument("--quantize", choices=["int8"], help="keep the weights in 8 bits: half the memory of bfloat16")
+    parser.add_argument("--compile", action="store_true", help="compile the decoding step first: for long runs")
     parser.add_argument("--dtype", help="bfloat16, float16, or float32 (default: what the device is fast at)")
     parser.add_argument("--output", metavar="FILE", help="append one JSON line per question, with every point; started again, it goes on")
     parser.add_argument("--json", metavar="FILE", help="with --task: the table as JSON")
@@ -612,7 +624,8 @@ def settings_of(args: argparse.Namespace, method: str | None = None) -> Settings
 def recorded(args: argparse.Namespace, settings: Settings, model: Transformer) -> dict:
     """Everything that decides what is generated, for the records: other settings are not mixed in one file."""
     weight = model.embed.weight
-    return {"model": args.model, "device": weight.device.type, "dtype": str(weight.dtype)[6:], "seed": args.seed} | asdict(settings)
+    return {"model": args.model, "device": weight.device.type, "dtype": str(weight.dtype)[6:], "quantize": args.quantize,
+            "compile": args.compile, "seed": args.seed} | asdict(settings)
 
 
 def answer(args: argparse.Namespace) -> None:
@@ -624,7 +637,9 @@ def answer(args: argparse.Namespace) -> None:
         print(args.question)
     if not args.question.strip():
         raise UserError("the question is empty: pass --question TEXT")
-    model, tokenizer = load(args.model, args.device, args.dtype)
+    if args.analyse and args.compile:
+        raise UserError("--analyse looks into the layers, which are not there any more after --compile: leave one out")
+    model, tokenizer = load(args.model, args.device, args.dtype, args.quantize, args.compile)
     if args.analyse:
         print(analyse(model, tokenizer, args.question, settings, args.seed))
         return
@@ -635,7 +650,7 @@ def answer(args: argparse.Namespace) -> None:
     # The bundled model knows its own stories only; others are told what form the answer takes.
     form = "" if args.model == TINY else tasks.INSTRUCTION["number"]
     question = question_of(0, "\n\n".join(part for part in (args.question, form) if part), args.seed, form=form)
-    ((_, record),) = reason(model, tokenizer, [question], settings, args.batch_size, View())
+    ((_, record),) = reason(model, tokenizer, [question], settings, min(args.batch_size, settings.at_once), View())
     if args.output:
         tasks.append(args.output, {"question": args.question, "method": settings.method, "seed": args.seed, "settings": kept} | record)
     stopped = f"stopped after round {record['rounds'] - 1}: {WHY[record['stopped_by']]}\n" if "rounds" in record else ""
@@ -654,13 +669,13 @@ def score(args: argparse.Namespace) -> None:
     wanted = {method: settings_of(args, method) for method in methods}
     name = args.task or "data"
     problems, task = tasks.load(name, args.data, args.limit), tasks.TASKS[name]
-    model, tokenizer = load(args.model, args.device, args.dtype)
+    model, tokenizer = load(args.model, args.device, args.dtype, args.quantize, args.compile)
 
     def solver(settings: Settings) -> Callable:
         def solve(jobs: list[tuple[tasks.Problem, int]]) -> Iterator[tuple[tasks.Problem, int, dict]]:
             questions = [question_of(i, tasks.prompt(p, task), args.seed, p.kind, p.choices, task.tolerance,
                                      tasks.INSTRUCTION[p.kind] if task.instruct else "") for i, (p, _) in enumerate(jobs)]
-            for i, record in reason(model, tokenizer, questions, settings, args.batch_size):
+            for i, record in reason(model, tokenizer, questions, settings, min(args.batch_size, len(problems) * settings.at_once)):
                 yield *jobs[i], record
         return solve
 

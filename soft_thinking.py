@@ -34,6 +34,7 @@ from torch import Tensor
 
 import tasks
 from model import (
+    KVCache,
     Prompt,
     Request,
     Tokenizer,
@@ -218,9 +219,9 @@ class SoftThinking:
     an end-of-sequence token, which ends the row at any time.  The discrete baselines differ in one line.
     """
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, settings: Settings, rows: int, trace: bool = False,
-                 watch: Callable | None = None):
-        self.model, self.settings, self.trace, self.watch = model, settings, trace, watch
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, settings: Settings, rows: int, trace: bool = False):
+        self.model, self.settings, self.trace = model, settings, trace
+        self.host = settings.noise == "dirichlet"  # drawn by NumPy
         device, N = model.embed.weight.device, min(settings.max_new_tokens, model.config.context)
         n = min(settings.max_topk, settings.top_k or settings.max_topk, model.config.vocab_size)
         self.automaton = marker_automaton(tokenizer, model.config.vocab_size).to(device)
@@ -240,18 +241,18 @@ class SoftThinking:
         self.calm = per_row()  # steps in a row with H < tau_H
         self.forced = per_row()  # tokens of </think> that Cold Stop has fed
         self.matched = per_row()  # characters of </think> at the end of the thought
-        self.tokens = per_row(N)  # most probable component, or token, of each step
-        self.u = per_row(N, dtype=torch.float32)  # the uniform draw of each step
-        self.state = [self.t, self.limit, self.thinking, self.thought, self.calm, self.forced, self.matched, self.tokens, self.u]
+        self.tokens = per_row(N + 1)  # most probable component, or token, of each step, and what comes when all is over
+        self.u = per_row(N + 1, dtype=torch.float32)  # the uniform draw of each step
         if settings.noise == "gumbel":
-            self.g = per_row(N, n, dtype=torch.float32)
-            self.state.append(self.g)
+            self.g = per_row(N + 1, n, dtype=torch.float32)
         if trace:
-            self.steps = (per_row(N, dtype=torch.float32), per_row(N, n), per_row(N, n, dtype=torch.float32))
-            self.state.extend(self.steps)
+            self.steps = (per_row(N + 1, dtype=torch.float32), per_row(N + 1, n), per_row(N + 1, n, dtype=torch.float32))
+        # What was fed last: live rows, their tokens, whether they thought them, components and probabilities.
+        width = n if settings.method == "soft" else 1
+        self.last = (per_row(dtype=torch.bool), per_row(), per_row(dtype=torch.bool), per_row(width), per_row(width, dtype=torch.float32))
 
     def begin(self, row: int, request: Request) -> None:
-        s, N = self.settings, self.tokens.shape[1]
+        s, N = self.settings, self.u.shape[1]
         self.jobs[row], self.started[row] = request.data, time.perf_counter()
         # All of a row's randomness comes from its own generator: neighbours, order and batch size do not enter.
         rng = self.rngs[row] = np.random.default_rng(request.data.seeds)
@@ -263,18 +264,18 @@ class SoftThinking:
             counter[row] = 0
         self.thinking[row] = True
 
-    def step(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """float32 [n, V] -> next embeddings [n, d], finished rows [n]."""
-        s, n = self.settings, len(logits)
-        rows = torch.arange(n, device=logits.device)
-        t, thinking = self.t[:n].clone(), self.thinking[:n].clone()
+    def step(self, logits: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
+        """float32 [rows, V] -> next embeddings [rows, d], finished rows [rows]; those not live keep t, thought, thinking."""
+        s = self.settings
+        rows = torch.arange(len(logits), device=logits.device)
+        t, thinking = self.t.clone(), self.thinking & live
         kept_ids, kept, H = truncated(logits, s.temperature, s.top_k, s.top_p, s.min_p)
         ids, ct = kept_ids[:, : s.max_topk], kept[:, : s.max_topk]
         ct = ct / ct.sum(-1, keepdim=True)
         if s.noise == "gumbel":
             ct = torch.softmax((ct.log() + self.g[rows, t]) / s.gumbel_temperature, dim=-1)
         elif s.noise == "dirichlet":
-            drawn = [dirichlet(rng, c, s.dirichlet_alpha) for rng, c in zip(self.rngs, ct.double().cpu().numpy())]
+            drawn = [dirichlet(rng, c, s.dirichlet_alpha) if rng else c for rng, c in zip(self.rngs, ct.double().cpu().numpy())]
             ct = torch.tensor(np.stack(drawn), dtype=torch.float32, device=ct.device)
 
         # The token of this step: of a concept token its most probable component.
@@ -289,12 +290,12 @@ class SoftThinking:
                 spoken = draw(*truncated(logits, *answer)[:2], u)
             thought = ids.gather(-1, ct.argmax(-1, keepdim=True))[:, 0] if s.method == "soft" else draw(kept_ids, kept, u)
             token = torch.where(thinking, thought, spoken)
-        matched = self.automaton[self.matched[:n], token].long()
-        by_itself = thinking & (matched == len(END)) & (self.forced[:n] == 0)
+        matched = self.automaton[self.matched, token].long()
+        by_itself = thinking & (matched == len(END)) & (self.forced == 0)
 
         # Cold Stop: after k sure steps feed </think> instead, token by token where the model has no single one.
-        calm = torch.where(H < s.cold_stop_entropy, self.calm[:n] + 1, 0)
-        forced = self.forced[:n]
+        calm = torch.where(H < s.cold_stop_entropy, self.calm + 1, 0)
+        forced = self.forced
         if s.cold_stop:
             force = thinking & ~by_itself & ((calm >= s.cold_stop_steps) | (forced > 0))
             token = torch.where(force, self.marker[forced.clamp(max=len(self.marker) - 1)], token)
@@ -317,18 +318,15 @@ class SoftThinking:
         if self.trace:
             for buffer, value in zip(self.steps, (H, ids, ct)):
                 buffer[rows, t] = value
-        self.t[:n] = t + 1
-        self.thought[:n] += thinking
-        self.thinking[:n] = thinking & ~ended
-        self.calm[:n], self.forced[:n], self.matched[:n] = calm, forced, torch.where(thinking & ~ended, matched, 0)
-        if self.watch:
-            self.watch(token[0], thinking[0], fed_ids[0], fed[0])
+        for buffer, value in zip(self.last, (live, token, thinking, fed_ids, fed)):
+            buffer.copy_(value)
+        self.t += live
+        self.thought += thinking
+        self.thinking.copy_(torch.where(live, thinking & ~ended, self.thinking))
+        for buffer, value in ((self.calm, calm), (self.forced, forced), (self.matched, torch.where(thinking & ~ended, matched, 0))):
+            buffer.copy_(value)
         eos = (token[:, None] == self.eos).any(-1)
-        return embeds, eos | (t + 1 >= self.limit[:n])
-
-    def move(self, from_row: int, to_row: int) -> None:
-        for x in (*self.state, self.jobs, self.rngs, self.started):
-            x[to_row] = x[from_row]
+        return embeds, eos | (t + 1 >= self.limit)
 
     def end(self, row: int) -> dict:
         """The row's part of a record: ids, counts, and why it stopped."""
@@ -361,26 +359,30 @@ class Job:
 
 
 def think(model: Transformer, tokenizer: Tokenizer, questions: list[str], settings: Settings = Settings(), seed: int = 0,
-          samples: list[int] | None = None, batch_size: int = 16, trace: bool = False,
+          samples: list[int] | None = None, batch_size: int | None = None, trace: bool = False,
           watch: Callable | None = None) -> Iterator[tuple[int, dict]]:
     """Answer questions; yields (index into questions, record) as each is finished.
 
     samples[i] numbers the sample that is wanted of questions[i] (default 0): name a question several times for several.
-    What comes out depends on seed, question, sample number and settings, not on what else is asked or on batch_size.
+    batch_size sequences are decoded side by side (default: as many as there are questions, at most 16).  What comes out
+    depends on seed, question, sample number and settings, to the bit not on what else is asked or in which order; with
+    another batch_size products may round differently.
     A record holds question, prompt, method, settings, seed, sample, thought_ids, thought_text, answer_ids, answer_text,
     stopped_by ("think_end" | "cold_stop" | "length"), finish_reason ("stop" | "length"), thought_tokens, answer_tokens
     (the end-of-sequence token counted), seconds, and with trace: steps, one {entropy, ids, probs} per thinking step.
     watch(token, thinking, ids, probs) is called at every step with what is fed in row 0, as tensors.
-    UserError for an empty question, or a prompt that is longer than the context window.
+    UserError for an empty question, a prompt that is longer than the context window, or too little memory for one sequence.
     """
-    prompts = {}
+    prompts, longest = {}, 0
     for question in dict.fromkeys(questions):  # each once, and all of them before the first is decoded
         if not question.strip():
             raise UserError("the question is empty: pass --question TEXT")
         if any("\ud800" <= c <= "\udfff" for c in question):
             raise UserError("the question is not valid UTF-8 text")
         prompts[question] = build_prompt(tokenizer, question)
-        check_prompt(model.config, tokenizer.encode(prompts[question]), question)
+        ids = tokenizer.encode(prompts[question])
+        check_prompt(model.config, ids, question)
+        longest = max(longest, len(ids))
     jobs = []
     for index, (question, sample) in enumerate(zip(questions, samples or [0] * len(questions))):
         seeds = (seed, int.from_bytes(hashlib.sha256(question.encode()).digest()[:8], "little"), sample)
@@ -394,8 +396,16 @@ def think(model: Transformer, tokenizer: Tokenizer, questions: list[str], settin
                 prompt = Prompt(model.embed(torch.tensor(ids, device=model.embed.weight.device)))
             yield Request(prompt, job)
 
-    rows = min(batch_size, len(jobs))
-    for part in decode(model, requests(), SoftThinking(model, tokenizer, settings, rows, trace, watch), rows):
+    if not jobs:
+        return
+    rows = KVCache.fitting(model, batch_size or min(16, len(jobs)), longest + settings.max_new_tokens)
+    method = SoftThinking(model, tokenizer, settings, rows, trace)
+
+    def show() -> None:
+        if method.last[0][0]:
+            watch(*(x[0] for x in method.last[1:]))
+
+    for part in decode(model, requests(), method, rows, show if watch else None):
         job = part.pop("job")
         thought, spoken = ([i for i in part[ids] if i not in model.config.eos_ids] for ids in ("thought_ids", "answer_ids"))
         yield job.index, {
@@ -468,6 +478,8 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=int, default=16, help="sequences decoded side by side (default: 16)")
     parser.add_argument("--device", help="cpu, cuda, or cuda:N (default: cuda where there is one)")
     parser.add_argument("--dtype", help="bfloat16, float16, or float32 (default: what the device is fast at)")
+    parser.add_argument("--quantize", choices=["int8"], help="keep the weights in 8 bits: half the memory of bfloat16")
+    parser.add_argument("--compile", action="store_true", help="compile the decoding step first: for long runs")
     parser.add_argument("--output", metavar="FILE", help="append one JSON line per sample; started again, it goes on")
     parser.add_argument("--trace", action="store_true", help="with --output: every concept token too")
     parser.add_argument("--json", metavar="FILE", help="with --task: the table as JSON")
@@ -520,7 +532,8 @@ def settings_of(args: argparse.Namespace, method: str | None = None) -> Settings
 def recorded(args: argparse.Namespace, settings: Settings, model: Transformer) -> dict:
     """Everything that decides what is generated, for the records: other settings are not mixed in one file."""
     weight = model.embed.weight
-    return {"model": args.model, "device": weight.device.type, "dtype": str(weight.dtype)[6:], "seed": args.seed} | asdict(settings)
+    return {"model": args.model, "device": weight.device.type, "dtype": str(weight.dtype)[6:], "quantize": args.quantize,
+            "compile": args.compile, "seed": args.seed} | asdict(settings)
 
 
 def answer(args: argparse.Namespace) -> None:
@@ -532,14 +545,14 @@ def answer(args: argparse.Namespace) -> None:
         print(args.question)
     if not args.question.strip():
         raise UserError("the question is empty: pass --question TEXT")
-    model, tokenizer = load(args.model, args.device, args.dtype)
+    model, tokenizer = load(args.model, args.device, args.dtype, args.quantize, args.compile)
     kept = recorded(args, settings, model)
     key = ("question", "method", "seed", "sample")
     done = tasks.resume(args.output, {settings.method: kept}, key) if args.output else {}
     todo = [i for i in range(args.num_samples) if (args.question, settings.method, args.seed, i) not in done]
     view = View(tokenizer) if len(todo) == 1 else None
-    for _, record in think(model, tokenizer, [args.question] * len(todo), settings, args.seed, todo, args.batch_size,
-                           args.trace, view):
+    for _, record in think(model, tokenizer, [args.question] * len(todo), settings, args.seed, todo,
+                           min(args.batch_size, args.num_samples), args.trace, view):
         if args.output:
             tasks.append(args.output, record | {"settings": kept})
         if view is None:
@@ -560,12 +573,13 @@ def score(args: argparse.Namespace) -> None:
     name = args.task or "data"
     problems = tasks.load(name, args.data, args.limit)
     task = tasks.TASKS[name]
-    model, tokenizer = load(args.model, args.device, args.dtype)
+    model, tokenizer = load(args.model, args.device, args.dtype, args.quantize, args.compile)
+    slots = min(args.batch_size, len(problems) * args.num_samples)  # the same however many are left after an interruption
 
     def solver(settings: Settings) -> Callable:
         def solve(jobs: list[tuple[tasks.Problem, int]]) -> Iterator[tuple[tasks.Problem, int, dict]]:
             questions, samples = [tasks.prompt(problem, task) for problem, _ in jobs], [sample for _, sample in jobs]
-            for i, record in think(model, tokenizer, questions, settings, args.seed, samples, args.batch_size, args.trace):
+            for i, record in think(model, tokenizer, questions, settings, args.seed, samples, slots, args.trace):
                 yield *jobs[i], record
         return solve
 

@@ -205,50 +205,56 @@ def input_embeddings(model: Transformer, sequences: list[Sequence], thoughts: Te
     return embeds.index_put((rows, places), thoughts.to(embeds.dtype))
 
 
-def hidden_after(model: Transformer, embeds: Tensor, L: int, checkpointing: bool = False) -> Tensor:
+class Past:
+    """What `Transformer.forward` takes for a cache in training: the keys and values before position L, as constants."""
+
+    def __init__(self, before: KVCache, L: int):
+        self.before, self.L = before, L
+
+    def advance(self, T: int) -> tuple[Tensor, int]:
+        self.mask = causal_lower_right(T, self.L + T)  # the last query attends to every key
+        return torch.arange(self.L, self.L + T, device=self.before.lengths.device)[None], self.L + T
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        keys, values = self.before.keys[layer][:, : self.L], self.before.values[layer][:, : self.L]
+        return torch.cat([keys, k], 1).transpose(1, 2), torch.cat([values, v], 1).transpose(1, 2)  # [B, K, L + T, h]
+
+
+def hidden_after(model: Transformer, embeds: Tensor, L: int) -> Tensor:
     """What model(embeds)[:, L:] is, [B, T, d] -> [B, T - L, d], but the first L positions are no part of the gradient.
 
     Before the first thought nothing depends on what is trained: there the model runs without autograd, and leaves the
-    keys and values that the positions from L on attend to.  checkpointing: each layer is computed again in the backward
-    pass, instead of being kept for it.
+    keys and values that the positions from L on attend to.
     """
-    B, T, _ = embeds.shape
-    past = KVCache(model, B, L)
-    if L:
-        with torch.no_grad():
-            model(embeds[:, :L], past)
-    cos, sin = model.rotation(torch.arange(L, T, device=embeds.device)[None], T)
-    run = partial(checkpoint, block_after, use_reentrant=False) if checkpointing else block_after
-    x = embeds[:, L:]
-    for block, (keys, values) in zip(model.blocks, past.layers):
-        x = run(block, x, cos, sin, keys[:, :, :L], values[:, :, :L])
-    return model.norm(x)
+    if not L:
+        return model(embeds)
+    past = KVCache(model, len(embeds), L)
+    past.reserve(L)
+    with torch.no_grad():
+        model(embeds[:, :L], past)
+    return model(embeds[:, L:], Past(past, L))
 
 
-def block_after(block: nn.Module, x: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """One layer on positions L to T, x [B, T - L, d], given those before, keys and values [B, K, L, h]."""
-    a, (B, t, _) = block.attention, x.shape
-    qk, v = a.qkv(block.norm1(x)).view(B, t, a.H + 2 * a.K, a.h).split([a.H + a.K, a.K], dim=2)
-    if a.qk_norm:
-        q, k = qk.split([a.H, a.K], dim=2)
-        qk = torch.cat([a.q_norm(q), a.k_norm(k)], dim=2)
-    q, k = torch.addcmul(qk * cos, qk.roll(a.h // 2, -1), sin).to(x.dtype).split([a.H, a.K], dim=2)
-    k, v = torch.cat([keys, k.transpose(1, 2)], dim=2), torch.cat([values, v.transpose(1, 2)], dim=2)  # [B, K, T, h]
-    causal = causal_lower_right(t, k.shape[2])  # the last query attends to every key
-    y = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=causal, enable_gqa=a.H != a.K)
-    x = x + a.o(y.transpose(1, 2).reshape(B, t, a.H * a.h))
-    return x + block.mlp(block.norm2(x))
+@contextmanager
+def checkpointed(model: Transformer) -> Iterator[None]:
+    """While inside: a layer's activations are computed again in the backward pass, instead of being kept for it."""
+    for block in model.blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for block in model.blocks:
+            del block.forward
 
 
-def negative_log_likelihood(model: Transformer, sequences: list[Sequence], thoughts: Tensor | None,
-                            checkpointing: bool = False) -> Tensor:
+def negative_log_likelihood(model: Transformer, sequences: list[Sequence], thoughts: Tensor | None) -> Tensor:
     """-sum_i log p(y_i | input, y_<i) over all labels of all rows; float32 scalar (float64 from float64).
 
     Logits are made at the labels' positions only: with a vocabulary of 150,000 the others would need more memory than
     the model.
     """
     L = 0 if thoughts is None else min(len(s.left) for s in sequences)
-    hidden = hidden_after(model, input_embeddings(model, sequences, thoughts), L, checkpointing)
+    hidden = hidden_after(model, input_embeddings(model, sequences, thoughts), L)
     # Position t predicts token t + 1, so the prompt's last position predicts the first label.
     rows = torch.tensor([b for b, s in enumerate(sequences) for _ in s.labels])
     places = torch.tensor([t for s in sequences for t in range(s.prompt - 1 - L, s.prompt - 1 - L + len(s.labels))])
@@ -491,11 +497,10 @@ class Trainer:
         h = None if self.hidden is None else self.hidden[indices].to(self.model.embed.weight.device)
         return soft_thoughts(self.trained, h, len(indices), self.sequences[0].n)
 
-    def loss(self, indices: list[int], checkpointing: bool = False) -> Tensor:
-        sequences = [self.sequences[i] for i in indices]
-        return negative_log_likelihood(self.model, sequences, self.thoughts(indices), checkpointing)
+    def loss(self, indices: list[int]) -> Tensor:
+        return negative_log_likelihood(self.model, [self.sequences[i] for i in indices], self.thoughts(indices))
 
-    def gradient(self, indices: list[int], checkpointing: bool) -> float:
+    def gradient(self, indices: list[int]) -> float:
         """Leaves the gradient of the mean loss per label; accumulated, it is that of all passes' problems in one."""
         labels, total, weight = sum(len(self.sequences[i].labels) for i in indices), 0.0, self.model.embed.weight
         self.optimizer.zero_grad()
@@ -503,7 +508,7 @@ class Trainer:
             # In bfloat16 on a CPU fused attention is slower than plain attention.
             plain = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
             with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
-                loss = self.loss(indices[i : i + self.s.batch_size], checkpointing) / labels
+                loss = self.loss(indices[i : i + self.s.batch_size]) / labels
                 loss.backward()
             total += loss.item()
         return total
@@ -519,7 +524,8 @@ class Trainer:
             return
         s = self.s
         adapted = lora_hooks(self.model, self.trained, s.alpha / s.rank, s.dropout) if s.method == "lora" else nullcontext()
-        with adapted, tqdm(desc=f"train {s.method}", total=self.total, initial=self.step) as bar:
+        less = checkpointed(self.model) if checkpointing else nullcontext()
+        with adapted, less, tqdm(desc=f"train {s.method}", total=self.total, initial=self.step) as bar:
             if self.saved is None:
                 self.validate()
             first = self.step
@@ -528,7 +534,7 @@ class Trainer:
                 if self.step == first or place == 0:
                     order = epoch_order([len(self.sequences[i].ids) for i in self.train], epoch, s)
                 torch.manual_seed(int(np.random.default_rng((s.seed, self.step)).integers(2**63)))  # for the dropout
-                loss = self.gradient(order[place], checkpointing)
+                loss = self.gradient(order[place])
                 norm = nn.utils.clip_grad_norm_(self.trained.values(), 1.0).item()
                 if not math.isfinite(loss + norm):
                     where = ", ".join(self.problems[i].id for i in order[place])
@@ -556,13 +562,14 @@ class Trainer:
         if not math.isfinite(self.dev_loss):
             raise self.diverged(f"the held-out loss is {self.dev_loss} after step {self.step}")
         asked = self.dev[: s.dev_limit]
+        slots = max(1, min(16, len(asked)))
 
         def requests() -> Iterator[Request]:
             for i in asked:
                 q = replace(self.sequences[i], labels=[])
                 yield Request(Prompt(input_embeddings(self.model, [q], self.thoughts([i]))[0]), (i, ()))
 
-        for (i, _), ids in decode(self.model, requests(), Sampler(self.model, 16, s.max_new_tokens), 16):
+        for (i, _), ids in decode(self.model, requests(), Sampler(self.model, slots, s.max_new_tokens), slots):
             p, text = self.problems[i], self.tokenizer.decode([t for t in ids if t not in self.model.config.eos_ids])
             right += tasks.grade(read_answer(text, p), p.answer, p.kind, self.task.tolerance)
         accuracy = right / len(asked) if asked else None
@@ -631,7 +638,8 @@ class Sampler:
         self.eos = torch.tensor(model.config.eos_ids, device=device)
         self.requests: list[Request | None] = [None] * rows
         self.t, self.limit = torch.zeros(2, rows, dtype=torch.long, device=device)
-        self.tokens, self.u = torch.zeros(rows, N, dtype=torch.long, device=device), torch.zeros(rows, N, device=device)
+        self.tokens = torch.zeros(rows, N + 1, dtype=torch.long, device=device)  # the last place: what comes when all is over
+        self.u = torch.zeros(rows, N + 1, device=device)
 
     def begin(self, row: int, request: Request) -> None:
         self.requests[row] = request
@@ -639,22 +647,17 @@ class Sampler:
         if self.temperature:
             self.u[row] = torch.from_numpy(np.random.default_rng(request.data[1]).random(self.u.shape[1], dtype=np.float32))
 
-    def step(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """float32 [n, V] -> next embeddings [n, d], finished rows [n]."""
-        n = len(logits)
-        rows, t = torch.arange(n, device=logits.device), self.t[:n].clone()
+    def step(self, logits: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
+        """float32 [rows, V] -> next embeddings [rows, d], finished rows [rows]; those not live stay at their t."""
+        rows, t = torch.arange(len(logits), device=logits.device), self.t.clone()
         if self.temperature:
             mass = torch.softmax(logits / self.temperature, -1).cumsum(-1)
             token = (mass < self.u[rows, t, None] * mass[:, -1:]).sum(-1)
         else:
             token = logits.argmax(-1)
         self.tokens[rows, t] = token
-        self.t[:n] = t + 1
-        return self.model.embed(token), (token[:, None] == self.eos).any(-1) | (t + 1 >= self.limit[:n])
-
-    def move(self, from_row: int, to_row: int) -> None:
-        for x in (self.t, self.limit, self.tokens, self.u, self.requests):
-            x[to_row] = x[from_row]
+        self.t += live
+        return self.model.embed(token), (token[:, None] == self.eos).any(-1) | (t + 1 >= self.limit)
 
     def end(self, row: int) -> tuple[tuple, list[int]]:
         return self.requests[row].data, self.tokens[row, : int(self.t[row])].tolist()

@@ -6,12 +6,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Core
+from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
 sys.path.insert(0, str(ROOT))
+
+import model
 
 TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
             "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
@@ -44,3 +48,50 @@ def folder_of(tmp_path):
         return folder
 
     return make
+
+
+class Recording(TorchDispatchMode):
+    """What a CUDA graph is, on a CPU: the operations of a function with the very tensors they had, to be repeated on these.
+
+    As while a graph is captured, nothing is done (here: undone at the end), and what needs the host to know a value fails.
+    """
+
+    def __init__(self, function):
+        super().__init__()
+        self.operations, self.before = [], []
+        with self:
+            function()
+        for x, was in reversed(self.before):
+            x.copy_(was)
+        self.before.clear()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default), f"{func} waits for the device"
+        for argument, x in zip(func._schema.arguments, args):  # what it is about to overwrite
+            if argument.alias_info and argument.alias_info.is_write:
+                self.before.append((x, x.clone()))
+        out = func(*args, **kwargs)
+        self.operations.append((func, args, kwargs, out))
+        return out
+
+    def replay(self):
+        for func, args, kwargs, out in self.operations:
+            again = func(*args, **kwargs)
+            for x, y in zip(*(z if isinstance(z, (tuple, list)) else (z,) for z in (out, again))):
+                if isinstance(x, torch.Tensor) and x.data_ptr() != y.data_ptr():
+                    x.copy_(y)
+
+
+def record_steps(monkeypatch):
+    """From now on `decode` runs on a CPU as it does on CUDA: from recordings, and noticing ends late.  A list of replays."""
+    replays = []
+
+    def replay(self):
+        replays.append(self)
+        Recording.replay(self)
+
+    monkeypatch.setattr(model, "RECORDED", {"cpu"})
+    monkeypatch.setitem(model.LATE, "cpu", 1)
+    monkeypatch.setattr(model.Graphs, "record", lambda graphs: type("Graph", (Recording,), {"replay": replay})(graphs.step))
+    return replays

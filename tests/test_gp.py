@@ -280,7 +280,7 @@ def test_duplicate_points(d):
     x = x.repeat(5, 1)
     y = tensor([1.0, 2.0, 3.0, 4.0, 5.0])
     for gp in GP.fit(x, y), GP(x, y, 1.0, noise=0):
-        close(gp.posterior(x[:1])[0], [3.0])                    # their average, even where jitter alone sets them apart
+        close(gp.posterior(x[:1])[0], [3.0], 1e-4)              # their average; jitter alone sets them apart: condition 5e10
         assert suggest(gp, 2, generator=g)[0].isfinite().all()
     exact = GP(x[:1], y[:1], 1.0, noise=0).add(x[1:], y[:1].repeat(4))
     close(exact.posterior(x[:1])[0], [1.0])

@@ -10,13 +10,17 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from conftest import GOLDEN, ROOT, write_tokenizer
+import torch.nn.functional as F
+from conftest import GOLDEN, ROOT, record_steps, write_tokenizer
 from make_golden import FAMILIES
+from tqdm import tqdm
 
 import model as M
 from model import (
     Config,
+    Int8Linear,
     KVCache,
+    Linear,
     Prompt,
     Request,
     Tokenizer,
@@ -53,59 +57,71 @@ def test_decoding_with_the_cache_equals_the_whole_sequence_at_once(family, folde
     model, _ = load(str(folder_of(family)), "cpu", "float32")
     embeds = model.embed(safetensors.torch.load_file(GOLDEN / family / "expected.safetensors")["ids"])
     whole = model(embeds[None])[0]
-    prefilled = KVCache(model, 1, 23)
-    steps = [model(embeds[None, :23], prefilled)[0]]
-    cache = KVCache(model, 3, 4)  # starts too small: it must grow
-    for row in range(3):
-        cache.copy_row(prefilled, 0, row)
-    for t in range(23, 40):
-        steps.append(model(embeds[None, t : t + 1].expand(2, 1, -1), cache)[0])  # two of the three rows go on
-    assert close(torch.cat(steps), whole, 1e-5)
-    assert cache.host_lengths == [40, 40, 23] == cache.lengths.tolist()
+    for chunks in ([23], [1, 22], [10, 10, 3]):
+        prefilled, steps, T = KVCache(model, 1, 4), [], 0  # starts too small: it must grow
+        for n in chunks:
+            prefilled.reserve(T + n)
+            steps.append(model(embeds[None, T : T + n], prefilled)[0])
+            T += n
+        cache = KVCache(model, 3, 4)
+        for row in range(3):
+            cache.take(row, prefilled, 23)
+        for t in range(23, 40):
+            cache.reserve(t + 1)
+            steps.append(model(embeds[None, t : t + 1].expand(3, 1, -1), cache)[1])
+        assert close(torch.cat(steps), whole, 1e-5)
+        assert cache.lengths.tolist() == [40, 40, 40]
 
 
-def test_the_cache_grows_past_its_blocks_and_not_past_the_context(folder_of):
+def test_rows_of_very_different_lengths_share_a_cache_that_grows(folder_of):
     folder = folder_of("llama2")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 700}))
     model, _ = load(str(folder), "cpu", "float32")
     embeds = model.embed(torch.randint(0, 272, (2, 690), generator=torch.Generator().manual_seed(0)))
-    whole, cache, lengths = model(embeds), KVCache(model, 2, 128), (100, 3)  # rows in different blocks
+    whole, cache, lengths = model(embeds), KVCache(model, 3, 128), (100, 3)
     for row, T in enumerate(lengths):
         prefilled = KVCache(model, 1, T)
+        prefilled.reserve(T)
         model(embeds[row : row + 1, :T], prefilled)
-        cache.copy_row(prefilled, 0, row)
+        cache.take(row, prefilled, T)
+    cache.lengths[2] = 5000  # a row that nobody uses points anywhere
+    sizes = set()
     for t in range(590):
-        hidden = model(torch.stack([embeds[row, T + t] for row, T in enumerate(lengths)])[:, None], cache)
+        cache.reserve(101 + t)
+        sizes.add(cache.S)
+        hidden = model(torch.stack([embeds[row, T + t] for row, T in enumerate(lengths)] + [embeds[0, 0]])[:, None], cache)
         if t % 97 == 0 or t == 589:
             for row, T in enumerate(lengths):
                 assert close(hidden[row, 0], whole[row, T + t], 1e-4)
-    assert cache.layers[0].shape[3] == 768  # 700 in blocks of 128
+    assert sizes == set(range(128, 705, 64))  # what attention reads is what is in use, not what there is
+    assert all(x.shape[1] >= 704 for x in cache.keys)
 
 
 def test_what_a_row_held_before_does_not_come_back(folder_of):
     model, _ = load(str(folder_of("llama2")), "cpu", "float32")
-    cache, long, short = KVCache(model, 1, 128), KVCache(model, 1, 30), KVCache(model, 1, 5)
-    embeds = model.embed(torch.arange(30))[None]
-    model(embeds, long)
+    cache, short, embeds = KVCache(model, 1, 128), KVCache(model, 1, 5), model.embed(torch.arange(30))[None]
+    for x in cache.keys + cache.values:
+        x.fill_(float("nan"))
+    short.reserve(5)
     model(embeds[:, :5], short)
-    for layer in long.layers:
-        layer.fill_(float("nan"))
-    cache.copy_row(long, 0, 0)
-    cache.copy_row(short, 0, 0)
+    cache.take(0, short, 5)
+    cache.reserve(6)
     assert close(model(embeds[:, 5:6], cache)[0, 0], model(embeds[:, :6])[0, 5], 1e-5)
 
 
-@pytest.mark.skipif(not NATIVE, reason="this processor has no bfloat16 instructions")
-@pytest.mark.parametrize("n, m", [(1536, 576), (3584, 512), (640, 192)])
-def test_a_row_of_a_bfloat16_product_has_the_same_bits_in_every_batch(n, m):
-    generator = torch.Generator().manual_seed(0)
-    weight, bias = (torch.randn(m, n, generator=generator) * 0.05).bfloat16(), torch.randn(m, generator=generator).bfloat16()
-    for _ in range(20):
-        x = torch.randn(16, 1, n, generator=generator).bfloat16()
-        whole = M.linear(x, weight, bias)
-        for rows in (1, 2, 3, 5, 8):
-            assert torch.equal(M.linear(x[:rows], weight, bias), whole[:rows])
+def test_as_many_rows_as_fit_and_a_line_where_none_does(folder_of, monkeypatch, capsys):
+    model, _ = load(str(folder_of("llama2")), "cpu", "float32")
+    c = model.config
+    row = 2 * c.layers * c.kv_heads * c.head_dim * 4 * 50 * 3 // 2 + 32 * c.vocab_size
+    for free, rows in ((100 * row, 8), (9 * row / 0.9 + 9, 8), (8 * row / 0.9 + 9, 7), (2 * row / 0.9 + 9, 1)):
+        monkeypatch.setattr(M, "free_memory", lambda device, free=free: free)
+        assert KVCache.fitting(model, 8, 50) == rows
+        assert capsys.readouterr().err.count("\n") == (rows < 8)
+    monkeypatch.setattr(M, "free_memory", lambda device: 2 * row / 0.9 - 9)
+    with pytest.raises(UserError, match="a sequence of 50 positions needs .* lower --max-new-tokens"):
+        KVCache.fitting(model, 8, 50)
+    assert KVCache.fitting(model, 1, 10) == 1
 
 
 def test_right_padding_and_later_positions_change_nothing_before(folder_of):
@@ -142,27 +158,29 @@ def test_a_bfloat16_model_keeps_its_rotary_frequencies_in_float32():
 
 
 class Greedy:
-    """The smallest method: argmax, a limit per request, and a record of how many rows each step had."""
+    """The smallest method that keeps all its state on the device: argmax, a limit per request, and every row's logits."""
 
     def __init__(self, model, rows):
-        self.model, self.out, self.limits, self.batches = model, [None] * rows, [0] * rows, []
+        self.model, self.data, self.began = model, [None] * rows, []
+        self.t, self.limit = torch.zeros(2, rows, dtype=torch.long)
+        self.tokens, self.logits = torch.zeros(rows, 64, dtype=torch.long), torch.zeros(rows, 64, model.config.vocab_size)
 
     def begin(self, row, request):
-        self.out[row], self.limits[row] = [request.data[0]], request.data[1]
+        self.data[row], self.t[row], self.limit[row] = request.data[0], 0, request.data[1]
+        self.began.append((row, request.data[0]))
 
-    def step(self, logits):
-        self.batches.append(len(logits))
-        tokens = logits.argmax(-1)
-        for row, token in enumerate(tokens.tolist()):
-            self.out[row].append(token)
-        finished = [len(self.out[row]) > self.limits[row] for row in range(len(logits))]
-        return self.model.embed(tokens), torch.tensor(finished)
+    def step(self, logits, live):
+        tokens, rows = logits.argmax(-1), torch.arange(len(logits))
+        self.tokens[rows, self.t], self.logits[rows, self.t] = tokens, logits
+        self.t += live
+        return self.model.embed(tokens), self.t >= self.limit
 
     def end(self, row):
-        return self.out[row]
+        t = int(self.t[row])
+        return self.data[row], self.tokens[row, :t].tolist(), self.logits[row, :t].clone()
 
-    def move(self, from_row, to_row):
-        self.out[to_row], self.limits[to_row] = self.out[from_row], self.limits[from_row]
+
+LIMITS = (20, 5, 13, 1, 9, 20, 2, 7, 16)
 
 
 def prompts(model, count=9):
@@ -171,43 +189,93 @@ def prompts(model, count=9):
     return [model.embed(torch.randint(0, 272, (n,), generator=generator)) for n in lengths]
 
 
-def run(model, rows, order=None, limits=(20, 5, 13, 1, 9, 20, 2, 7, 16)):
+def run(model, rows, order=range(9), method=None):
+    """Request -> its tokens, and its logits [tokens, V]."""
     embeds = prompts(model)
-    requests = [Request(Prompt(embeds[i]), (i, limits[i])) for i in order or range(len(embeds))]
-    method = Greedy(model, rows)
-    return {out[0]: out[1:] for out in decode(model, requests, method, rows)}, method
+    requests = [Request(Prompt(embeds[i]), (i, LIMITS[i])) for i in order]
+    outs = list(decode(model, requests, method or Greedy(model, rows), rows))
+    assert sorted(out[0] for out in outs) == sorted(order)
+    return {out[0]: out[1] for out in outs}, {out[0]: out[2] for out in outs}
 
 
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.skipif(
-    not NATIVE, reason="this processor has no bfloat16 instructions"))])
-def test_what_a_request_yields_depends_on_no_neighbour(dtype, folder_of):
-    model, _ = load(str(folder_of("qwen2")), "cpu", dtype)
-    alone, _ = run(model, 1)
-    assert [len(alone[i]) for i in range(9)] == [20, 5, 13, 1, 9, 20, 2, 7, 16]
-    for rows, order in ((2, None), (4, None), (16, None), (3, [8, 2, 5, 0, 7, 1, 3, 6, 4])):
-        assert run(model, rows, order)[0] == alone
+def same_bits(a, b):
+    return all(torch.equal(a[i], b[i]) for i in a)
+
+
+DTYPES = ["float32", pytest.param("bfloat16", marks=pytest.mark.skipif(not NATIVE, reason="no bfloat16 instructions"))]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_what_a_request_yields_depends_to_the_bit_on_no_slot_neighbour_or_order(dtype, quantize, folder_of):
+    model, _ = load(str(folder_of("qwen2")), "cpu", dtype, quantize)
+    tokens, logits = run(model, 4)
+    assert [len(tokens[i]) for i in range(9)] == list(LIMITS)
+    for order in ([8, 2, 5, 0, 7, 1, 3, 6, 4], [4, 0], [6, 3], [0], [3], [5, 8, 5 - 3, 1]):
+        assert same_bits(run(model, 4, order)[1], logits)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_neighbour_of_another_length_changes_no_bit(dtype, folder_of):
+    folder = folder_of("qwen3")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 4096}))
+    model, _ = load(str(folder), "cpu", dtype)
+    ids = torch.randint(0, 250, (3000,), generator=torch.Generator().manual_seed(0))
+    for mine in (3, 60, 130):
+        alone = None
+        for other in (1, 100, 500, 1100, 3000):
+            requests = [Request(Prompt(model.embed(ids[:other])), (1, 12)), Request(Prompt(model.embed(ids[-mine:])), (0, 12))]
+            for ordered in (requests, requests[::-1]):
+                for i, _, logits in decode(model, ordered, Greedy(model, 2), 2):
+                    if i == 0:
+                        alone = logits if alone is None else alone
+                        assert torch.equal(logits, alone), (mine, other)
 
 
 def test_decoding_is_greedy_decoding_of_the_whole_sequence(folder_of):
     model, _ = load(str(folder_of("llama3")), "cpu", "float32")
-    outs, _ = run(model, 4)
-    for i, prompt in enumerate(prompts(model)):
-        embeds = torch.cat([prompt, model.embed(torch.tensor(outs[i]))])
-        logits = model.logits(model(embeds[None])[0])
-        assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == outs[i]
+    for rows in (1, 4):
+        outs, _ = run(model, rows)
+        for i, prompt in enumerate(prompts(model)):
+            embeds = torch.cat([prompt, model.embed(torch.tensor(outs[i]))])
+            logits = model.logits(model(embeds[None])[0])
+            assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == outs[i]
 
 
-def test_a_finished_row_costs_nothing_and_its_place_is_taken_at_once(folder_of):
+def test_a_finished_rows_place_is_taken_at_once(folder_of):
     model, _ = load(str(folder_of("llama2")), "cpu", "float32")
-    outs, method = run(model, 4)
-    assert sum(method.batches) == sum(map(len, outs.values()))  # no row is ever computed for nothing
-    waiting_until = len(method.batches) - max(map(len, outs.values()))
-    assert set(method.batches[:waiting_until]) == {4}
+    method, steps = Greedy(model, 4), []
+    method.step = lambda logits, live: (steps.append(live.sum().item()), Greedy.step(method, logits, live))[1]
+    run(model, 4, method=method)
+    assert steps[: len(steps) - max(LIMITS)] == [4] * (len(steps) - max(LIMITS)) and sum(steps) == sum(LIMITS)
+    assert method.began[:5] == [(0, 0), (1, 1), (2, 2), (3, 3), (3, 4)]  # the fourth request has one step to make
+
+
+@pytest.mark.parametrize("late", [1, 2, 5])
+def test_an_end_may_be_noticed_some_steps_late(late, folder_of, monkeypatch):
+    model, _ = load(str(folder_of("llama3")), "cpu", "float32")
+    tokens, logits = run(model, 4)
+    monkeypatch.setitem(M.LATE, "cpu", late)
+    found, its = run(model, 4)
+    assert found == tokens and same_bits(its, logits)
+
+
+def test_steps_can_be_recorded_and_replayed(folder_of, monkeypatch):
+    folder = folder_of("llama3")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 512}))
+    model, _ = load(str(folder), "cpu", "float32")
+    expected = run(model, 4)
+    replays = record_steps(monkeypatch)
+    found = run(model, 4)
+    assert found[0] == expected[0] and same_bits(found[1], expected[1]) and len(replays) > 10
+
 
 
 def test_requests_may_wait_for_results(folder_of):
     model, _ = load(str(folder_of("llama2")), "cpu", "float32")
-    alone, _ = run(model, 1)
+    alone, _ = run(model, 2)
     embeds, got = prompts(model), {}
 
     def requests():
@@ -217,23 +285,90 @@ def test_requests_may_wait_for_results(folder_of):
         yield Request(Prompt(embeds[1]), (1, 5))
         yield Request(Prompt(embeds[2]), (2, 13))
 
-    for out in decode(model, requests(), Greedy(model, 2), 2):
-        got[out[0]] = out[1:]
+    for i, tokens, _ in decode(model, requests(), Greedy(model, 2), 2):
+        got[i] = tokens
     assert got == {i: alone[i] for i in range(3)}
 
 
-def test_requests_of_one_prompt_share_its_prefill(folder_of, monkeypatch):
-    model, _ = load(str(folder_of("qwen3")), "cpu", "float32")
-    prompt, lengths, forward = Prompt(prompts(model)[3]), [], Transformer.forward
+def forwards(monkeypatch):
+    """The lengths of what goes through the model, steps aside."""
+    lengths, forward = [], Transformer.forward
 
     def spy(self, embeds, cache=None):
         lengths.append(embeds.shape[1])
         return forward(self, embeds, cache)
 
     monkeypatch.setattr(Transformer, "forward", spy)
-    requests = [Request(prompt, (i, 6)) for i in range(5)]
-    outs = [out[1:] for out in decode(model, requests, Greedy(model, 3), 3)]
-    assert lengths.count(30) == 1 and all(out == outs[0] for out in outs)
+    return lengths
+
+
+def test_requests_of_one_prompt_share_its_prefill(folder_of, monkeypatch):
+    model, _ = load(str(folder_of("qwen3")), "cpu", "float32")
+    lengths, prompt = forwards(monkeypatch), Prompt(prompts(model)[3])
+    outs = [out[1] for out in decode(model, [Request(prompt, (i, 6)) for i in range(5)], Greedy(model, 3), 3)]
+    assert lengths == [29] and all(out == outs[0] for out in outs)  # the thirtieth is fed in the first step
+
+
+def test_a_long_prompt_is_taken_in_by_chunks_between_the_steps_of_the_others(folder_of, monkeypatch):
+    model, _ = load(str(folder_of("llama3")), "cpu", "float32")
+    whole, _ = run(model, 2, [0, 3])
+    monkeypatch.setattr(Prompt, "CHUNK", 7)
+    lengths, embeds, log = forwards(monkeypatch), prompts(model), []
+    method = Greedy(model, 2)
+    method.step = lambda logits, live: (log.append(len(lengths)), Greedy.step(method, logits, live))[1]
+    requests = [Request(Prompt(embeds[0]), (0, 20)), Request(Prompt(embeds[3]), (3, 1))]
+    assert {i: tokens for i, tokens, _ in decode(model, requests, method, 2)} == whole
+    assert lengths == [2, 7, 7, 7, 7, 1] and log[:4] == [2, 3, 4, 5]  # one chunk between two steps
+
+
+# ------------------------------------------------------------------------------------------------------ other layouts
+
+
+@pytest.mark.skipif(not NATIVE, reason="this processor has no bfloat16 instructions")
+@pytest.mark.parametrize("family", ["llama3", "qwen2", "llama-bias"])
+def test_packed_weights_multiply_as_the_weights_do_and_follow_their_changes(family, folder_of):
+    model, _ = load(str(folder_of(family)), "cpu", "bfloat16")
+    x, linear = torch.randn(5, 1, 32).bfloat16(), model.blocks[0].attention.qkv
+    model.pack()
+    for _ in range(2):
+        exact = F.linear(x.double(), linear.weight.double(), None if linear.bias is None else linear.bias.double())
+        with torch.inference_mode():
+            assert close(linear(x).double(), exact, 4e-3)
+        with torch.no_grad():
+            assert torch.equal(linear(x), F.linear(x, linear.weight, linear.bias))  # only decoding uses them
+            linear.weight.mul_(-0.5)
+        model.pack()
+    whole, _ = run(model, 3)
+    for m in model.modules():
+        if isinstance(m, Linear):
+            assert m.packed is not None
+    assert len(whole) == 9
+
+
+def test_int8_by_hand():
+    linear = Linear(3, 2, bias=True)
+    linear.weight.data = torch.tensor([[127.0, -64.0, 0.4], [0.0, 0.0, 0.0]])
+    linear.bias.data = torch.tensor([1.0, 2.0])
+    q = Int8Linear(linear)
+    assert q.weight.tolist() == [[127, -64, 0], [0, 0, 0]] and q.scale[0] == 1
+    assert q(torch.tensor([[1.0, 1.0, 1.0]])).tolist() == [[64.0, 2.0]]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_int8_weights_are_off_by_half_a_step_at_most(dtype, folder_of):
+    folder = str(folder_of("qwen3"))
+    (model, _), (small, _) = load(folder, "cpu", dtype), load(folder, "cpu", dtype, "int8")
+    for a, b in zip([m for m in model.modules() if isinstance(m, Linear)], [m for m in small.modules() if isinstance(m, Int8Linear)], strict=True):
+        step = b.scale[:, None].double()
+        assert ((b.weight.double() * step - a.weight.double()).abs() <= step * (0.5 + 1e-4)).all() and b.weight.abs().max() == 127
+        x = torch.randn(4, 7, a.in_features).to(a.weight.dtype)
+        exact = F.linear(x.double(), b.weight.double() * step)
+        with torch.inference_mode():  # the kernel of decoding, then that of everything else
+            assert close(b(x).double(), exact, 4e-3)
+        assert close(b(x).double(), exact, 8e-3)
+    assert torch.equal(model.embed.weight, small.embed.weight)
+    x = model.embed(torch.arange(20))[None]
+    assert close(small(x).float(), model(x).float(), 0.05)
 
 
 # ----------------------------------------------------------------------------------------------------------- loading
@@ -267,7 +402,7 @@ def test_small_chunks_and_the_file_s_own_dtype_read_the_same_bytes(folder_of):
     places = M.check_tensors([folder / "model.safetensors"], views, tied=True)
     for view in views.values():
         view.zero_()
-    M.read_weights(places, views, chunk=64)
+    M.read_weights(places, views, tqdm(disable=True), chunk=64)
     assert all(torch.equal(views[name], tensors[name]) for name in tensors)
 
 
@@ -346,7 +481,7 @@ def test_float16_loads_and_damaged_weights_are_noticed_at_the_first_prompt(folde
     model, _ = load(str(folder), "cpu", "float16")
     prompt = Prompt(model.embed(torch.tensor([1, 2, 3])))
     prompt.prefill(model)
-    assert prompt.cache.layers[0].dtype == torch.float16
+    assert prompt.cache.keys[0].dtype == torch.float16
     model.norm.weight.fill_(float("nan"))
     with pytest.raises(UserError, match="not finite"):
         Prompt(model.embed(torch.tensor([1, 2, 3]))).prefill(model)

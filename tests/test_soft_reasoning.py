@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import record_steps
 
 import tasks
 from model import Prompt, Request, UserError, decode, load
@@ -63,7 +64,7 @@ def test_only_the_first_token_is_perturbed_and_by_exactly_the_offset(tiny_model)
     method.begin(0, Request(prompt, (0, 0, Generation(prompt, offset=offset))))
     for t in range(3):
         logits = torch.randn(1, 272)
-        embeds, _ = method.step(logits)
+        embeds, _ = method.step(logits, torch.tensor([True]))
         z = model.embed.weight[logits.argmax()]
         assert torch.equal(embeds[0], z + offset if t == 0 else z)
 
@@ -297,11 +298,21 @@ def test_a_search_is_the_same_alone_and_among_others(method, tiny_model):
     together = {i: strip(record) for i, record in reason(*tiny_model, questions, settings, batch_size=6)}
     assert sorted(together) == [0, 1, 2, 3]
     for i, message in enumerate(messages):
-        ((_, alone),) = reason(*tiny_model, [question_of(0, message, 7)], settings, batch_size=16)
+        ((_, alone),) = reason(*tiny_model, [question_of(0, message, 7)], settings, batch_size=6)
         assert strip(alone)["answers"] == together[i]["answers"] and strip(alone)["tokens"] == together[i]["tokens"]
         if method == "soft":
             assert [p["text"] for p in alone["points"]] == [p["text"] for p in together[i]["points"]]
             assert np.allclose([p["u"] for p in alone["points"]], [p["u"] for p in together[i]["points"]], atol=1e-9)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_steps_can_be_recorded_and_replayed(method, tiny_model, monkeypatch):
+    settings = Settings(method=method, max_new_tokens=15, rounds=3, num_samples=6, dimension=16, stop_threshold=0)
+    questions = [question_of(i, message, 7) for i, message in enumerate(["one?", "and two?", "what of three?"])]
+    expected = {i: strip(record) for i, record in reason(*tiny_model, questions, settings, batch_size=6)}
+    replays = record_steps(monkeypatch)
+    assert {i: strip(record) for i, record in reason(*tiny_model, questions, settings, batch_size=6)} == expected
+    assert len(replays) > 10
 
 
 def test_thoughts_are_split_from_what_is_said():

@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TEMPLATE, write_tokenizer
+from conftest import ROOT, TEMPLATE, record_steps, write_tokenizer
 from make_golden import FAMILIES
 
 from model import Config, Prompt, Request, Tokenizer, Transformer, UserError, load
@@ -227,7 +227,7 @@ def scripted(folder, settings, steps, rows=1, limit_prompt=1, **options):
         logits = torch.full((rows, 272), -1e9)
         for i in step if isinstance(step, tuple) else (step,):
             logits[:, i] = 0
-        embeds, finished = method.step(logits)
+        embeds, finished = method.step(logits, torch.ones(rows, dtype=torch.bool))
         fed.append(embeds[0])
         if finished[0]:
             break
@@ -250,7 +250,7 @@ def test_the_marker_is_fed_discretely_when_it_is_the_most_probable_component(fol
     method.begin(0, Request(Prompt(torch.zeros(1, 32)), Job(0, "q", "p", 0, (0, 0, 0))))
     logits = torch.full((1, 272), -1e9)
     logits[0, 259], logits[0, 30] = 1.0, 0.8
-    embeds, _ = method.step(logits)
+    embeds, _ = method.step(logits, torch.tensor([True]))
     assert torch.equal(embeds[0], model.embed.weight[259]) and not method.thinking[0]
 
 
@@ -272,7 +272,7 @@ def test_the_answer_has_settings_of_its_own(folder_of):
         for row in range(200):
             method.begin(row, Request(Prompt(torch.zeros(1, 32)), Job(0, "q", "p", row, (0, 0, row))))
         method.thinking[:] = False
-        method.step(logits)
+        method.step(logits, torch.ones(len(logits), dtype=torch.bool))
         assert set(method.tokens[:, 0].tolist()) == drawn
 
 
@@ -342,7 +342,7 @@ def test_gumbel_noise_of_low_temperature_picks_tokens_as_often_as_the_concept_to
     logits[:, :3] = torch.tensor([0.6, 0.3, 0.1]).log()
     for row in range(4000):
         method.begin(row, Request(Prompt(torch.zeros(1, 32)), Job(0, "q", "p", row, (0, 0, row))))
-    method.step(logits)
+    method.step(logits, torch.ones(len(logits), dtype=torch.bool))
     share = torch.bincount(method.tokens[:, 0], minlength=3) / 4000
     assert torch.allclose(share, torch.tensor([0.6, 0.3, 0.1]), atol=0.03)  # four standard deviations
     assert method.steps[2][:, 0].max(-1).values.mean() > 0.999
@@ -366,7 +366,7 @@ def test_dirichlet_noise_has_the_mean_and_spread_of_its_distribution(alpha, fold
     logits[:, :3] = torch.tensor([0.6, 0.3, 0.1]).log()
     for row in range(3000):
         method.begin(row, Request(Prompt(torch.zeros(1, 32)), Job(0, "q", "p", row, (0, 0, row))))
-    method.step(logits)
+    method.step(logits, torch.ones(len(logits), dtype=torch.bool))
     ct = method.steps[2][:, 0, :3]
     mean = torch.tensor([0.6, 0.3, 0.1])
     assert torch.allclose(ct.mean(0), mean, atol=0.035)
@@ -411,12 +411,37 @@ def test_a_sample_does_not_depend_on_what_else_is_asked(settings, folder_of):
     questions, samples = ["a", "bcd", "a", "efghij", "bcd"], [0, 0, 1, 0, 3]
     many = {i: outcome(r) for i, r in think(model, tokenizer, questions, settings, 5, samples, batch_size=3)}
     for i in range(5):
-        ((_, alone),) = think(model, tokenizer, [questions[i]], settings, 5, [samples[i]])
+        ((_, alone),) = think(model, tokenizer, [questions[i]], settings, 5, [samples[i]], batch_size=3)
         assert outcome(alone) == many[i]
     if settings.method == "cot" or settings.noise:
         assert many[0]["thought_ids"] != many[2]["thought_ids"]
         ((_, other),) = think(model, tokenizer, ["a"], settings, 6, [0])
         assert other["thought_ids"] != many[0]["thought_ids"]
+
+
+@pytest.mark.parametrize("options", [{}, {"method": "cot"}, {"method": "greedy"}, {"noise": "gumbel"}, {"cold_stop_entropy": 9, "cold_stop_steps": 5}])
+def test_steps_can_be_recorded_replayed_and_stopped_late(options, folder_of, monkeypatch):
+    folder = folder_of("qwen3")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 512}))
+    model, tokenizer = load(str(folder), "cpu", "float32")
+    questions, seen = ["a", "bcd", "a", "efghij", "bcd"], {}
+
+    def all_of(name):
+        seen[name] = []
+
+        def watch(token, thinking, ids, probs):
+            seen[name].append((int(token), bool(thinking), ids.tolist(), probs.tolist()))
+
+        records = think(model, tokenizer, questions, Settings(max_new_tokens=25, **options), 5, [0, 0, 1, 0, 3], 2, True, watch)
+        return {i: outcome(record) for i, record in records}
+
+    expected = all_of("at once")
+    replays = record_steps(monkeypatch)
+    assert all_of("recorded") == expected and len(replays) > 20
+    # Row 0 serves the same questions; between two of them nothing is fed that was not shown.
+    assert [t for t, *_ in seen["recorded"]][:25] == [t for t, *_ in seen["at once"]][:25]
+    assert len(seen["at once"]) >= sum(len(expected[i]["thought_ids"]) + len(expected[i]["answer_ids"]) for i in (0, 2))
 
 
 def test_soft_with_one_component_is_greedy_thinking(folder_of):

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import GOLDEN, ROOT, write_tokenizer
+from conftest import GOLDEN, ROOT, record_steps, write_tokenizer
 from safetensors.torch import load_file
 
 import softcot
@@ -32,6 +32,7 @@ from softcot import (
     answers,
     assistant_ids,
     build,
+    checkpointed,
     epoch_order,
     hidden_after,
     hidden_states,
@@ -234,8 +235,9 @@ def test_positions_before_the_first_thought_are_computed_without_autograd(family
         g, g_found = (torch.autograd.grad(y.square().sum(), after)[0] for y in (expected, found))
         assert torch.allclose(g, g_found, rtol=1e-3, atol=1e-3 * g.abs().max())
         assert not L or not torch.autograd.grad(hidden_after(model, x, L).square().sum(), before)[0].any()
-        checkpointed = torch.autograd.grad(hidden_after(model, x, L, True).square().sum(), after)[0]
-        assert torch.equal(checkpointed, g_found)
+        with checkpointed(model):
+            assert torch.equal(torch.autograd.grad(hidden_after(model, x, L).square().sum(), after)[0], g_found)
+    assert torch.equal(model(x), model(x)) and all("forward" not in vars(block) for block in model.blocks)
 
 
 @pytest.mark.parametrize("llm, assistant", PAIRS)
@@ -522,7 +524,7 @@ def test_a_loss_that_is_no_number_stops_and_says_where(pair, data, tmp_path, cap
     real = softcot.negative_log_likelihood
     calls = []
 
-    def failing(model, sequences, thoughts, checkpointing):
+    def failing(model, sequences, thoughts):
         calls.append(torch.is_grad_enabled())
         return real(model, sequences, thoughts) * (math.nan if sum(calls) == 5 else 1)  # the fifth step
 
@@ -631,21 +633,23 @@ def test_several_numbers_of_thoughts_and_several_assistants_are_a_row_each(proje
     assert rows(twice, "--projection", files, "--methods", "softcot") == ["softcot #1", "softcot #2"]
 
 
-def test_an_answer_does_not_depend_on_its_neighbours(loaded):
+def test_an_answer_does_not_depend_on_its_neighbours_and_steps_can_be_replayed(loaded, monkeypatch):
     model, tokenizer, small, its = loaded()
     torch.manual_seed(1)
     way = Way("softcot", 2, dict(torch.nn.Linear(32, 32).named_parameters()), (small, its))
     problems = [tasks.Problem(q, q, a, "number") for q, a, _ in PROBLEMS]
     jobs = [(p, sample) for p in problems for sample in range(2)]
 
-    def texts(jobs, rows):
+    def texts(jobs, rows=5):
         return {(p.id, sample): r["texts"] for p, sample, r in
                 answers(model, tokenizer, way, jobs, tasks.TASKS["tiny"], 2, 1.0, 6, 0, rows)}
 
-    many = texts(jobs, 5)
+    many = texts(jobs)
     assert len(many) == 16 and len({str(t) for t in many.values()}) > 8
     for job in jobs[::5]:
-        assert texts([job], 1) == {(job[0].id, job[1]): many[job[0].id, job[1]]}
+        assert texts([job]) == {(job[0].id, job[1]): many[job[0].id, job[1]]}
+    replays = record_steps(monkeypatch)
+    assert texts(jobs) == many and len(replays) > 10
 
 
 def test_the_majority_of_equal_answers_wins():

@@ -494,6 +494,8 @@ def train(kind, tokenizer, steps, seed, taken, device):
 class Plain:
     """A method for model.decode: the next token is the most probable one, or (temperature > 0) a sample."""
 
+    host = True  # the tokens are kept in lists
+
     def __init__(self, model, end, temperature, seed, most):
         self.model, self.end_id, self.temperature, self.most = model, end, temperature, most
         self.rows = {}  # row -> (number of the request, its tokens so far)
@@ -502,22 +504,19 @@ class Plain:
     def begin(self, row, request):
         self.rows[row] = request.data, []
 
-    def step(self, logits):
+    def step(self, logits, live):
         if self.temperature:
             p = (logits / self.temperature).softmax(-1)
             token = torch.multinomial(p, 1, generator=self.generator)[:, 0]
         else:
             token = logits.argmax(-1)
-        for row, t in enumerate(token.tolist()):
-            self.rows[row][1].append(t)
-        full = [len(self.rows[row][1]) >= self.most for row in range(len(token))]
+        for row in self.rows:
+            self.rows[row][1].append(int(token[row]))
+        full = [len(self.rows[row][1]) >= self.most if row in self.rows else False for row in range(len(token))]
         return self.model.embed(token), (token == self.end_id) | torch.tensor(full, device=token.device)
 
     def end(self, row):
         return self.rows.pop(row)
-
-    def move(self, from_row, to_row):
-        self.rows[to_row] = self.rows.pop(from_row)
 
 
 def generate(model, tokenizer, messages, temperature=0.0, seed=0, most=160, rows=64):
