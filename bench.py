@@ -1,9 +1,11 @@
 """Speed and memory: decoding beside the memory's limit, concept tokens beside greedy, and both beside a peer.
 
-    python bench.py --model smollm2-135m --against transformers --json bench.json
+    python bench.py --model smollm2-135m --against transformers,llama.cpp --json bench.json
+    python bench.py --model smollm2-135m --compile --against transformers,llama.cpp
+    python bench.py --model smollm2-135m --quantize int8
+    python bench.py --model smollm2-135m --assistant tiny/assistant --against transformers
     python bench.py --gp --against botorch
     python bench.py --regret --against botorch --repeats 20
-    python bench.py --model smollm2-135m --assistant tiny/assistant --against transformers
 
 Decoding one sequence reads every weight once, so bytes read per step / memory bandwidth is the least time that a step
 can take; the bandwidth is measured in the same run.  What is compared runs in turns, A B C A B C, because machines are
@@ -15,11 +17,14 @@ import json
 import math
 import os
 import platform
+import resource
 import statistics
 import sys
+import tempfile
 import time
-from dataclasses import replace
-from importlib import metadata
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +35,8 @@ import softcot
 import tasks
 from gp import GP, suggest
 from model import (
-    KVCache,
+    Int8Linear,
+    Linear,
     Prompt,
     Request,
     Transformer,
@@ -38,7 +44,9 @@ from model import (
     check_prompt,
     decode,
     find_folder,
+    hf_tensors,
     load,
+    weight_files,
 )
 from soft_thinking import Job, Settings, SoftThinking
 
@@ -76,42 +84,131 @@ class Clock:
 
     def per_step(self) -> float:
         """Median seconds per step, without the first ones, which pay for warming up."""
-        steps = [b - a for a, b in zip(self.times[3:], self.times[4:])]
-        return statistics.median(steps)
+        return statistics.median(b - a for a, b in zip(self.times[3:], self.times[4:]))
 
 
 def ours(model: Transformer, tokenizer, method: str, prompt: torch.Tensor, batch: int, tokens: int) -> float:
     """Seconds per decoding step of `batch` rows."""
     settings, clock = Settings(method=method, max_new_tokens=tokens, cold_stop=False), Clock()
-    state = SoftThinking(model, tokenizer, settings, batch, watch=clock)
     shared = Prompt(prompt)
     requests = [Request(shared, Job(0, "", "", row, (0, row))) for row in range(batch)]
-    for _ in decode(model, requests, state, batch):
+    for _ in decode(model, requests, SoftThinking(model, tokenizer, settings, batch), batch, clock):
         pass
     return clock.per_step()
 
 
-def transformers_step(folder: Path, device: torch.device, dtype: torch.dtype):
-    """The same by transformers' generate: a function (prompt ids, batch, tokens) -> seconds per step."""
+def prefill(model: Transformer, prompt: torch.Tensor) -> None:
+    taken = Prompt(torch.cat([prompt, prompt[:1]]))  # the last one is fed by the first step
+    while not taken.ready:
+        taken.prefill(model)
+
+
+@dataclass
+class Peer:
+    """Another implementation of the same model: seconds per step (None: not at this batch size), and its prefill."""
+
+    version: str
+    step: Callable[[int], float | None]
+    prefill: Callable[[], None]
+
+
+def transformers_peer(folder: Path, model: Transformer, ids: list[int], tokens: int) -> Peer:
+    """transformers' generate, greedy."""
     import transformers
 
     transformers.logging.set_verbosity_error()
-    peer = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+    transformers.logging.disable_progress_bar()
+    weight = model.embed.weight
+    peer = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=weight.dtype).to(weight.device).eval()
 
-    def step(ids: list[int], batch: int, tokens: int) -> float:
+    def step(batch: int) -> float:
         clock = Clock()
 
         def tick(*_, **__):
             clock()
-            return torch.zeros(batch, dtype=torch.bool, device=device)
+            return torch.zeros(batch, dtype=torch.bool, device=weight.device)
 
-        with torch.no_grad():
-            peer.generate(torch.tensor([ids] * batch, device=device), attention_mask=torch.ones(batch, len(ids), device=device),
-                          max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, temperature=None, top_p=None,
-                          top_k=None, stopping_criteria=transformers.StoppingCriteriaList([tick]))
+        peer.generate(torch.tensor([ids] * batch, device=weight.device),
+                      attention_mask=torch.ones(batch, len(ids), device=weight.device), max_new_tokens=tokens,
+                      min_new_tokens=tokens, do_sample=False, temperature=None, top_p=None, top_k=None,
+                      stopping_criteria=transformers.StoppingCriteriaList([tick]))
         return clock.per_step()
 
-    return step
+    return Peer(f"transformers {transformers.__version__}", step, lambda: peer.model(torch.tensor([ids], device=weight.device)))
+
+
+# Names in a checkpoint -> llama.cpp's in a GGUF file.
+GGUF = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output", "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm",
+        "self_attn.k_norm": "attn_k_norm", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}
+
+
+def write_gguf(model: Transformer, file: Path) -> None:
+    """The model as llama.cpp reads it, the same bfloat16 numbers, without a vocabulary."""
+    import gguf
+
+    c = model.config
+    if c.rope["rope_type"] != "default" or model.embed.weight.dtype != torch.bfloat16:
+        raise UserError("llama.cpp is measured on bfloat16 models with plain RoPE only: leave it out of --against")
+    kind = "llama" if c.model_type == "mistral" else c.model_type
+    w = gguf.GGUFWriter(file, kind)
+    for add, value in ((w.add_context_length, c.context), (w.add_embedding_length, c.d), (w.add_block_count, c.layers),
+                       (w.add_feed_forward_length, c.ffn), (w.add_head_count, c.heads), (w.add_head_count_kv, c.kv_heads),
+                       (w.add_key_length, c.head_dim), (w.add_value_length, c.head_dim), (w.add_layer_norm_rms_eps, c.norm_eps),
+                       (w.add_rope_freq_base, c.rope_theta), (w.add_rope_dimension_count, c.head_dim),
+                       (w.add_vocab_size, c.vocab_size), (w.add_tokenizer_model, "no_vocab")):
+        add(value)
+    for name, x in hf_tensors(model).items():
+        stem, _, what = name.rpartition(".")
+        x = x.detach().cpu()
+        if stem.startswith("model.layers."):
+            _, _, layer, part = stem.split(".", 3)
+            renamed = f"blk.{layer}.{GGUF[part]}.{what}"
+        else:
+            renamed = f"{GGUF[stem]}.{what}"
+        if kind == "llama" and stem.endswith(("q_proj", "k_proj")):  # there rotary pairs stand side by side
+            x = x.view(-1, 2, c.head_dim // 2, x[0].numel()).transpose(1, 2).reshape(x.shape)
+        if x.ndim == 1:
+            w.add_tensor(renamed, x.float().numpy())
+        else:
+            w.add_tensor(renamed, x.contiguous().view(torch.uint8).numpy(), raw_dtype=gguf.GGMLQuantizationType.BF16)
+    w.write_header_to_file()
+    w.write_kv_data_to_file()
+    w.write_tensors_to_file()
+    w.close()
+
+
+def llama_peer(folder: Path, model: Transformer, ids: list[int], tokens: int) -> Peer:
+    """llama.cpp on as many threads, greedy, one sequence."""
+    import llama_cpp
+
+    threads = torch.get_num_threads()
+    with tempfile.TemporaryDirectory() as temporary:
+        write_gguf(model, file := Path(temporary) / "model.gguf")
+        peer = llama_cpp.Llama(str(file), n_ctx=len(ids) + tokens, n_batch=512, n_threads=threads, n_threads_batch=threads,
+                               n_gpu_layers=0 if model.embed.weight.device.type == "cpu" else -1, verbose=False, use_mmap=False)
+
+    def read() -> None:
+        peer.reset()
+        peer.eval(ids)
+
+    def step(batch: int) -> float | None:
+        if batch > 1:
+            return None
+        read()
+        clock = Clock()
+        for _ in range(tokens):
+            logits = peer._ctx.get_logits()  # of the last position: the public way copies those of all of them
+            peer.eval([int(np.ctypeslib.as_array(logits, (model.config.vocab_size,)).argmax())])
+            clock()
+        return clock.per_step()
+
+    return Peer(f"llama-cpp-python {llama_cpp.__version__}", step, read)
+
+
+PEERS = {"transformers": transformers_peer, "llama.cpp": llama_peer}
+PACKAGES = {"transformers": "transformers", "llama.cpp": "llama-cpp-python gguf", "botorch": "botorch"}
 
 
 def candidates(model: Transformer, tokenizer, prompt: torch.Tensor, number: int, tokens: int) -> float:
@@ -128,14 +225,14 @@ def candidates(model: Transformer, tokenizer, prompt: torch.Tensor, number: int,
     return seconds(run, prompt.device)
 
 
-def bench_gp(against: str | None, repeats: int) -> str:
+def bench_gp(against: list[str], repeats: int) -> str:
     """What one round of Soft Reasoning asks of gp.py, on one thread: fit, EI over 5,000 candidates, five picks."""
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(25, 50, generator=generator).double(), torch.randn(25, generator=generator).double()
     pool = torch.randn(5000, 50, generator=generator).double()
     contenders = {"gp.py": lambda: suggest(GP.fit(x, y), 5, pool, generator=generator)}
-    if against == "botorch":
+    if "botorch" in against:
         try:
             contenders["botorch"] = botorch_picks(x, y, pool)
         except ImportError:
@@ -212,11 +309,11 @@ def botorch_batch():
     return propose
 
 
-def bench_regret(against: str | None, seeds: int) -> str:
+def bench_regret(against: list[str], seeds: int) -> str:
     """Does the search search?  Median simple regret over the seeds, quartiles in brackets."""
     torch.set_num_threads(1)
     contenders = {"random": at_random, "gp.py": by_gp}
-    if against == "botorch":
+    if "botorch" in against:
         try:
             contenders["BoTorch qLogEI"] = botorch_batch()
         except ImportError:
@@ -276,7 +373,7 @@ def bench_training(args: argparse.Namespace) -> str:
         finish(softcot.negative_log_likelihood(model, sequences, thoughts) / count)
 
     contenders = {"ours": ours}
-    if args.against == "transformers":
+    if "transformers" in args.against:
         try:
             from transformers import AutoModelForCausalLM
         except ImportError:
@@ -317,6 +414,127 @@ def bench_training(args: argparse.Namespace) -> str:
     return "\n".join(lines)
 
 
+def loading(args: argparse.Namespace) -> tuple[Transformer, object, str]:
+    """The model, and how fast it came, beside reading the same files: in the page cache, both."""
+    def get():
+        return load(args.model, args.device, args.dtype, args.quantize, args.compile)
+
+    get()
+    start = time.perf_counter()
+    model, tokenizer = get()
+    synchronise(model.embed.weight.device)
+    took = time.perf_counter() - start
+    files = weight_files(find_folder(args.model))
+    buffer, start = bytearray(1 << 26), time.perf_counter()
+    for file in files:
+        with open(file, "rb", buffering=0) as f:
+            while f.readinto(buffer):
+                pass
+    read, size = time.perf_counter() - start, sum(file.stat().st_size for file in files) / 1e9
+    return model, tokenizer, (f"loaded {size:.2f} GB in {took:.2f} s ({size / took:.2f} GB/s), {took / read:.2f} x the time of "
+                              f"reading the files ({size / read:.2f} GB/s)")
+
+
+@torch.inference_mode()
+def quality(model: Transformer, tokenizer, exact: Transformer) -> str:
+    """What 8 bits cost: on the text of the README, in pieces of 512 tokens, perplexity and agreement of the greedy tokens."""
+    text = (Path(__file__).resolve().parent / "README.md").read_text(encoding="utf-8")
+    ids = torch.tensor(tokenizer.encode(text), device=model.embed.weight.device)
+    loss, same, count = [0.0, 0.0], 0, 0
+    for piece in ids.split(512):
+        logits = [m.logits(m(m.embed(piece[None]))[0, :-1]) for m in (exact, model)]
+        loss = [a + torch.nn.functional.cross_entropy(x, piece[1:], reduction="sum").item() for a, x in zip(loss, logits)]
+        same, count = same + (logits[0].argmax(-1) == logits[1].argmax(-1)).sum().item(), count + len(piece) - 1
+    return (f"int8 on {count} tokens of the README: perplexity {math.exp(loss[1] / count):.3f}, without it "
+            f"{math.exp(loss[0] / count):.3f}; greedy tokens agree at {same / count:.1%} of the positions")
+
+
+def peak_memory(device: torch.device) -> float:
+    """GB so far, of the GPU or of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+@torch.inference_mode()
+def bench_decoding(args: argparse.Namespace) -> tuple[list[str], dict]:
+    """Load, prefill and decode: lines of Markdown, and the numbers behind them."""
+    model, tokenizer, loaded = loading(args)
+    device, dtype, c = model.embed.weight.device, model.embed.weight.dtype, model.config
+    model.config = replace(c, eos_ids=())  # every row runs to its end
+    ids = (tokenizer.encode("The quick brown fox jumps over the lazy dog, and then it sleeps. ") * args.prompt)[: args.prompt]
+    check_prompt(c, ids + [0] * args.tokens)
+    prompt = model.embed(torch.tensor(ids, device=device))
+    weights = sum(x.nbytes for m in model.modules() if isinstance(m, (Linear, Int8Linear)) for x in m.state_dict().values())
+    lost = compiling = ""
+    contenders = {"greedy": lambda b: ours(model, tokenizer, "greedy", prompt, b, args.tokens),
+                  "concept tokens": lambda b: ours(model, tokenizer, "soft", prompt, b, args.tokens)}
+    prefills, versions = {"ours": lambda: prefill(model, prompt)}, [f"torch {torch.__version__}"]
+    greedy = {batch: partial(contenders["greedy"], batch) for batch in args.batch}
+    starts = [seconds(run, device) - seconds(run, device) for run in greedy.values()]  # what the first one pays for
+    if args.compile:
+        compiling = "; compiling took " + ", ".join(f"{t:.0f} s at batch {b}" for b, t in zip(args.batch, starts))
+    for batch in args.batch:  # all our memory is in use once, before a peer takes some
+        contenders["concept tokens"](batch)
+    peak, limit = peak_memory(device), bandwidth(device)
+    if args.quantize:
+        lost = quality(model, tokenizer, load(args.model, args.device, args.dtype)[0])
+    for name in args.against:
+        try:
+            peer = PEERS[name](find_folder(args.model), model, ids, args.tokens)
+        except ImportError as error:
+            print(f"{error.name} is not installed: {name} is skipped (pip install {PACKAGES[name]})", file=sys.stderr)
+            continue
+        contenders[name], prefills[name] = peer.step, peer.prefill
+        versions.append(peer.version)
+    kind = f"{str(dtype)[6:]}{', weights in int8' if args.quantize else ''}{', compiled' if args.compile else ''}"
+    lines = [f"{args.model}, {kind}, {hardware(device)}; {', '.join(versions)}",
+             f"{loaded}; peak memory {peak:.2f} GB{compiling}",
+             f"memory reads {limit['read']:.1f} GB/s, copies {limit['copy']:.1f} GB/s",
+             f"prompt {args.prompt} tokens, {args.tokens} decoded, {args.repeats} repetitions in turns: median (least to most)", "",
+             "| batch | method | tokens/s | ms per step | MB per step | share of read bandwidth | time beside greedy |",
+             "|---|---|---|---|---|---|---|"]
+    results = []
+    for batch in args.batch:
+        times = {name: [] for name in contenders}
+        for _ in range(args.repeats):
+            for name, contender in contenders.items():
+                if (t := contender(batch)) is not None:
+                    times[name].append(t)
+        length = args.prompt + args.tokens // 2
+        read = weights + batch * length * c.layers * 2 * c.kv_heads * c.head_dim * dtype.itemsize
+        for name, t in times.items():
+            if not t:
+                continue
+            step = statistics.median(t)
+            # Pair by pair, because the machine's speed drifts.
+            ratio = statistics.median(a / b for a, b in zip(t, times["greedy"]))
+            results.append({"batch": batch, "method": name, "seconds_per_step": t, "bytes_per_step": read, "beside_greedy": ratio})
+            lines.append(f"| {batch} | {name} | {batch / step:.1f} ({batch / max(t):.1f} to {batch / min(t):.1f}) | {step * 1e3:.1f} | "
+                         f"{read / 1e6:.0f} | {read / step / limit['read'] / 1e9:.0%} | {ratio:.3f} |")
+    took = {name: [] for name in prefills}
+    for _ in range(args.repeats + 1):
+        for name, function in prefills.items():
+            took[name].append(seconds(function, device))
+    said = [f"{name} {statistics.median(t[1:]) * 1e3:.0f} ms ({args.prompt / statistics.median(t[1:]):.0f} tokens/s)" for name, t in took.items()]
+    pairs = [[candidates(model, tokenizer, prompt, number, args.tokens) for number in (1, 5)] for _ in range(args.repeats + 1)]
+    five = statistics.median(b / a for a, b in pairs[1:])
+    lines += ["", f"prefill of {args.prompt} tokens: {', '.join(said)}",
+              f"Soft Reasoning: five candidates of one prompt in one batch take {five:.2f} x the time of one"]
+    if lost:
+        lines.append(lost)
+    return lines, {"header": lines[:4], "bandwidth": limit, "prefill": took, "five_candidates": five, "int8": lost, "results": results}
+
+
+def bench_model(args: argparse.Namespace) -> str:
+    lines, numbers = bench_decoding(args)
+    if args.assistant:
+        lines += ["", bench_training(args)]
+    if args.json:
+        Path(args.json).write_text(json.dumps({"arguments": vars(args)} | numbers | {"text": lines}, indent=1) + "\n")
+    return "\n".join(lines)
+
+
 def hardware(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -336,16 +554,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.error = lambda message: sys.exit(fail(message))  # one line, without the usage
     parser.add_argument("--model", help="alias, Hugging Face id, or folder")
-    parser.add_argument("--assistant", help="a SoftCoT training step with this assistant instead of decoding")
+    parser.add_argument("--assistant", help="a SoftCoT training step with this assistant, too")
     parser.add_argument("--gp", action="store_true", help="the Gaussian process instead of a model: time")
     parser.add_argument("--regret", action="store_true", help="the Gaussian process instead of a model: how well it searches")
-    parser.add_argument("--against", choices=["transformers", "botorch"], help="a peer to run in turns with ours, where it is installed")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 5, 16], help="batch sizes (default: 1 5 16)")
+    parser.add_argument("--against", default="", help="peers, with commas, to run in turns with ours where they are installed: "
+                        "transformers, llama.cpp; with --gp and --regret botorch")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 5, 16, 64], help="batch sizes (default: 1 5 16 64)")
     parser.add_argument("--prompt", type=int, default=128, help="prompt length in tokens (default: 128)")
     parser.add_argument("--tokens", type=int, default=48, help="tokens decoded per repetition (default: 48)")
     parser.add_argument("--repeats", type=int, default=5, help="repetitions of each, in turns, or seeds (default: 5)")
     parser.add_argument("--device", help="cpu, cuda, or cuda:N")
     parser.add_argument("--dtype", help="bfloat16, float16, or float32")
+    parser.add_argument("--quantize", choices=["int8"], help="weights in 8 bits, and what that costs in quality")
+    parser.add_argument("--compile", action="store_true", help="compile the decoding step, and say how long that takes")
     parser.add_argument("--json", metavar="FILE", help="every number, for machines")
     args = parser.parse_args()
     try:
@@ -358,7 +579,11 @@ def main() -> int:
             raise UserError(f"--batch must be at least 1, not {min(args.batch)}")
         if args.json and not Path(args.json).resolve().parent.is_dir():
             raise UserError(f"cannot write {args.json}: make its folder first")
-        print(bench_regret(args.against, args.repeats) if args.regret else bench_gp(args.against, args.repeats) if args.gp else bench_training(args) if args.assistant else run(args))
+        args.against = [name for name in args.against.split(",") if name]
+        there = ["botorch"] if args.gp or args.regret else list(PEERS)
+        if wrong := [name for name in args.against if name not in there]:
+            raise UserError(f"--against: no peer {wrong[0]!r} here; there is {', '.join(there)}")
+        print(bench_gp(args.against, args.repeats) if args.gp else bench_regret(args.against, args.repeats) if args.regret else bench_model(args))
     except UserError as error:
         return fail(str(error))
     except torch.OutOfMemoryError:
@@ -366,60 +591,6 @@ def main() -> int:
     except KeyboardInterrupt:
         return 130
     return 0
-
-
-def run(args: argparse.Namespace) -> str:
-    start = time.perf_counter()
-    model, tokenizer = load(args.model, args.device, args.dtype)
-    loading = time.perf_counter() - start
-    device, dtype = model.embed.weight.device, model.embed.weight.dtype
-    model.config = replace(model.config, eos_ids=())  # every row runs to its end
-    ids = (tokenizer.encode("The quick brown fox jumps over the lazy dog, and then it sleeps. ") * args.prompt)[: args.prompt]
-    check_prompt(model.config, ids + [0] * args.tokens)
-    prompt = model.embed(torch.tensor(ids, device=device))
-    weights = sum(p.nbytes for p in model.parameters()) - (0 if model.config.tied else model.embed.weight.nbytes)
-    limit = bandwidth(device)
-    contenders = {"greedy": lambda b: ours(model, tokenizer, "greedy", prompt, b, args.tokens),
-                  "concept tokens": lambda b: ours(model, tokenizer, "soft", prompt, b, args.tokens)}
-    versions = [f"torch {torch.__version__}"]
-    if args.against == "transformers":
-        try:
-            peer = transformers_step(find_folder(args.model), device, dtype)
-            contenders["transformers"] = lambda b: peer(ids, b, args.tokens)
-            versions.append(f"transformers {metadata.version('transformers')}")
-        except ImportError:
-            print("transformers is not installed: skipped (pip install transformers)", file=sys.stderr)
-    lines = [f"{args.model}, {str(dtype)[6:]}, {hardware(device)}; {', '.join(versions)}",
-             f"loaded in {loading:.1f} s; memory reads {limit['read']:.1f} GB/s, copies {limit['copy']:.1f} GB/s",
-             f"prompt {args.prompt} tokens, {args.tokens} decoded, {args.repeats} repetitions in turns: median (least to most)", "",
-             "| batch | method | tokens/s | ms per step | share of read bandwidth | beside greedy |", "|---|---|---|---|---|---|"]
-    results = []
-    with torch.inference_mode():
-        prefill = statistics.median(
-            seconds(lambda: model(prompt[None], KVCache(model, 1, len(prompt))), device) for _ in range(args.repeats))
-        for batch in args.batch:
-            times = {name: [] for name in contenders}
-            for repeat in range(args.repeats):
-                for name, contender in contenders.items():
-                    times[name].append(contender(batch))
-            c, length = model.config, args.prompt + args.tokens // 2
-            read = weights + batch * length * c.layers * 2 * c.kv_heads * c.head_dim * dtype.itemsize
-            for name, t in times.items():
-                step = statistics.median(t)
-                # Pair by pair, because the machine's speed drifts.
-                ratio = statistics.median(a / b for a, b in zip(t, times["greedy"]))
-                results.append({"batch": batch, "method": name, "seconds_per_step": t, "bytes_per_step": read, "beside_greedy": ratio})
-                lines.append(f"| {batch} | {name} | {batch / step:.1f} ({batch / max(t):.1f} to {batch / min(t):.1f}) | {step * 1e3:.1f} | "
-                             f"{read / step / limit['read'] / 1e9:.0%} | {ratio:.3f} |")
-        pairs = [[candidates(model, tokenizer, prompt, number, args.tokens) for number in (1, 5)] for _ in range(args.repeats)]
-        five = statistics.median(b / a for a, b in pairs)
-    lines.append(f"\nSoft Reasoning: five candidates of one prompt in one batch take {five:.2f} x the time of one")
-    lines.append(f"prefill of {args.prompt} tokens: {prefill * 1e3:.0f} ms ({args.prompt / prefill:.0f} tokens/s)")
-    if args.json:
-        Path(args.json).write_text(json.dumps({"header": lines[:3], "arguments": vars(args), "bandwidth": limit, "prefill": prefill,
-                                               "five_candidates": five,
-                                               "results": results}, indent=1) + "\n")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -16,10 +16,9 @@ import difflib
 import itertools
 import json
 import math
-import os
 import re
-import shutil
 import sys
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -174,6 +173,7 @@ class Linear(nn.Linear):
     out in the blocks that the processor's matrix instructions read."""
 
     packed: Tensor | None = None
+    version: int | None = None  # of the weight that was packed
 
     def forward(self, x: Tensor) -> Tensor:
         if self.packed is not None and torch.is_inference_mode_enabled():
@@ -280,7 +280,7 @@ class Transformer(nn.Module):
             self.head.weight = self.embed.weight
         # cos and sin of every position so far, [positions, h].  No buffers: they stay float32 whatever the weights become.
         self.cos = self.sin = torch.empty(0, config.head_dim)
-        self.compiled = False
+        self.compiled: set[int] | None = None  # numbers of rows that a compiled step is there for
 
     def forward(self, embeds: Tensor, cache: "KVCache | None" = None) -> Tensor:
         """Hidden states after the final norm.
@@ -317,26 +317,32 @@ class Transformer(nn.Module):
 
     def step(self, embeds: Tensor, cache: "KVCache") -> Tensor:
         """What `decode` runs: each row of the cache goes on by one embedding.  [B, d] -> float32 logits [B, V]."""
-        rotation = self.rotation(*cache.advance(1))
-        if self.compiled:  # once for all lengths and capacities, not for each
-            for x, dim in ((cache.mask, 3), *((x, 1) for x in cache.keys + cache.values)):
-                torch._dynamo.maybe_mark_dynamic(x, dim)
-        return self.one(embeds[:, None], *rotation, cache)
+        x, rotation, B = embeds[:, None], self.rotation(*cache.advance(1)), len(embeds)
+        if self.compiled is None:
+            return self.one(x, *rotation, cache)
+        for tensor, dim in ((cache.mask, 3), *((keys, 1) for keys in cache.keys + cache.values)):
+            torch._dynamo.maybe_mark_dynamic(tensor, dim)  # compiled once for all lengths and capacities
+        start = time.perf_counter()
+        logits = self.one(x, *rotation, cache)
+        if B not in self.compiled:
+            self.compiled.add(B)
+            print(f"compiled the step for {B} sequences in {time.perf_counter() - start:.0f} s", file=sys.stderr)
+        return logits
 
     def one(self, x: Tensor, cos: Tensor, sin: Tensor, cache: "KVCache") -> Tensor:
         return self.logits(self.run(x, cos, sin, cache)[:, 0])
 
     def compile_step(self) -> None:
-        """From now on decoding runs `one` compiled by Inductor: one function, with what stands between the products fused.
+        """From now on decoding runs `one` compiled by Inductor: what stands between the matrix products is fused.
 
-        On a CPU the weights become constants of it, laid out for it (a second copy), and each product is tried in several
-        forms.  The compiler runs at the first step; on a CPU that takes about a minute and needs a C++ compiler.
+        On a CPU the weights become constants of it, as they are at the first step, laid out for Inductor's own C++ products:
+        a second copy, and up to a minute with a C++ compiler.  These are settings of Inductor itself, so they hold for
+        whatever else the process compiles.
         """
         if self.embed.weight.device.type == "cpu":
-            config = torch._inductor.config
-            config.freezing, config.max_autotune, config.max_autotune_gemm_backends = True, True, "CPP,ATEN"
-        self.one = torch.compile(self.one)
-        self.compiled = True
+            inductor = torch._inductor.config
+            inductor.freezing, inductor.max_autotune, inductor.max_autotune_gemm_backends = True, True, "CPP"
+        self.one, self.compiled = torch.compile(self.one), set()
 
     def pack(self) -> None:
         """On a CPU that multiplies bfloat16: lay out every matrix for decoding, beside the original.
@@ -344,12 +350,13 @@ class Transformer(nn.Module):
         PyTorch would do so again in every product, which takes longer than the product of a few rows.
         """
         weight = self.embed.weight
-        if self.compiled or weight.device.type != "cpu" or weight.dtype != torch.bfloat16 or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        if self.compiled is not None or weight.device.type != "cpu" or weight.dtype != torch.bfloat16 or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
             return
         for linear in (m for m in self.modules() if isinstance(m, Linear)):
-            if linear.packed is None or linear.version != linear.weight._version:  # not yet, or changed since
+            version = None if linear.weight.is_inference() else linear.weight._version  # the first do not say when they change
+            if version is None or linear.version != version:
                 linear.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
-                linear.version = linear.weight._version
+                linear.version = version
 
 
 # --------------------------------------------------------------------------------------------------------- decoding
@@ -686,8 +693,8 @@ def load(name: str, device: str | None = None, dtype: torch.dtype | str | None =
     device, dtype = choose(device, dtype)
     if quantize not in (None, "int8"):
         raise UserError(f"unknown quantisation {quantize}: use int8")
-    if compile and device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")) and not shutil.which("clang++"):
-        raise UserError("compiling for a CPU needs a C++ compiler, and there is no g++: install one, or leave --compile out")
+    if compile and device.type == "cpu":
+        check_compiler()
     folder = find_folder(name)
     config = read_config(folder)
     tokenizer = Tokenizer(folder)
@@ -720,6 +727,16 @@ def load(name: str, device: str | None = None, dtype: torch.dtype | str | None =
     if compile:
         model.compile_step()
     return model.eval(), tokenizer
+
+
+def check_compiler() -> None:
+    from torch._inductor import cpp_builder, exc
+
+    try:
+        cpp_builder.get_cpp_compiler()
+    except exc.InvalidCxxCompiler:
+        raise UserError("compiling for a CPU needs a C++ compiler, and none was found: install g++ (or name one in the "
+                        "environment variable CXX), or leave --compile out") from None
 
 
 def choose(device: str | None, dtype: torch.dtype | str | None) -> tuple[torch.device, torch.dtype]:

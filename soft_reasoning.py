@@ -167,10 +167,10 @@ class Rollouts:
         branch = ids.gather(1, self.rank[:, None])[:, 0]
         token = torch.where(first & (self.rank > 0), branch, logits.argmax(-1))
         if s.method in ("sc", "fire"):  # sampling by inverting the distribution function
-            heat = self.heat[rows, torch.where(first, 0, 1)]
+            heat = self.heat[rows, (~first).long()]
             hot = torch.softmax(logits / heat.clamp(min=1e-3)[:, None], -1)
             if s.method == "fire":
-                hot = torch.where(first[:, None] & (hot < hot.topk(min(s.first_top_k, hot.shape[1])).values[:, -1:]), 0, hot)
+                hot = hot.masked_fill(first[:, None] & (hot < hot.topk(min(s.first_top_k, hot.shape[1])).values[:, -1:]), 0)
             mass = hot.cumsum(-1)
             token = (mass < self.u[rows, t, None] * mass[:, -1:]).sum(-1)
         # x = z + sigma u A.  What is added is 0 but for the first token of a candidate.

@@ -294,12 +294,12 @@ class SoftThinking:
         by_itself = thinking & (matched == len(END)) & (self.forced == 0)
 
         # Cold Stop: after k sure steps feed </think> instead, token by token where the model has no single one.
-        calm = torch.where(H < s.cold_stop_entropy, self.calm + 1, 0)
+        calm = (self.calm + 1) * (H < s.cold_stop_entropy)
         forced = self.forced
         if s.cold_stop:
             force = thinking & ~by_itself & ((calm >= s.cold_stop_steps) | (forced > 0))
             token = torch.where(force, self.marker[forced.clamp(max=len(self.marker) - 1)], token)
-            forced, matched = forced + force, torch.where(force, 0, matched)  # what the model would have said is not fed
+            forced, matched = forced + force, matched * ~force  # what the model would have said is not fed
         else:
             force = torch.zeros_like(thinking)
         ended = by_itself | (force & (forced == len(self.marker)))
@@ -307,8 +307,7 @@ class SoftThinking:
         # What is fed.  A discrete token is a concept token of one component.
         if s.method == "soft":
             discrete = (~thinking | by_itself | force)[:, None]
-            one = torch.zeros_like(ct)
-            one[:, 0] = 1
+            one = (torch.arange(ct.shape[1], device=ct.device) == 0).to(ct.dtype)
             fed_ids, fed = torch.where(discrete, token[:, None], ids), torch.where(discrete, one, ct)
             embeds = concept_embedding(self.model.embed.weight, fed_ids, fed)
         else:
@@ -323,7 +322,7 @@ class SoftThinking:
         self.t += live
         self.thought += thinking
         self.thinking.copy_(torch.where(live, thinking & ~ended, self.thinking))
-        for buffer, value in ((self.calm, calm), (self.forced, forced), (self.matched, torch.where(thinking & ~ended, matched, 0))):
+        for buffer, value in ((self.calm, calm), (self.forced, forced), (self.matched, matched * (thinking & ~ended))):
             buffer.copy_(value)
         eos = (token[:, None] == self.eos).any(-1)
         return embeds, eos | (t + 1 >= self.limit)

@@ -53,8 +53,11 @@ def folder_of(tmp_path):
 class Recording(TorchDispatchMode):
     """What a CUDA graph is, on a CPU: the operations of a function with the very tensors they had, to be repeated on these.
 
-    As while a graph is captured, nothing is done (here: undone at the end), and what needs the host to know a value fails.
+    As while a graph is captured, nothing is done (here: undone at the end), and what moves a value between host and device
+    fails: reading one, making a tensor of one.
     """
+
+    WAIT = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.lift_fresh.default)
 
     def __init__(self, function):
         super().__init__()
@@ -67,7 +70,8 @@ class Recording(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default), f"{func} waits for the device"
+        assert func not in self.WAIT, f"{func} waits for the device"
+        assert func is not torch.ops.aten.where.self or all(x.ndim for x in args), "where with a number copies it to the device"
         for argument, x in zip(func._schema.arguments, args):  # what it is about to overwrite
             if argument.alias_info and argument.alias_info.is_write:
                 self.before.append((x, x.clone()))

@@ -345,6 +345,25 @@ def test_packed_weights_multiply_as_the_weights_do_and_follow_their_changes(fami
     assert len(whole) == 9
 
 
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+def test_a_compiled_step_is_the_step(folder_of, capsys):
+    folder = str(folder_of("qwen3"))
+    (plain, _), (compiled, _) = load(folder, "cpu", "float32"), load(folder, "cpu", "float32", compile=True)
+    (tokens, logits), (found, its) = run(plain, 4), run(compiled, 4)
+    assert found == tokens and all(close(its[i], logits[i], 1e-5) for i in logits)
+    assert capsys.readouterr().err.count("compiled the step for 4 sequences in ") == 1  # once for all lengths
+    assert same_bits(run(compiled, 4, [8, 2, 5, 0, 7, 1, 3, 6, 4])[1], its)
+
+
+def test_without_a_compiler_there_is_a_line(folder_of):
+    ran = subprocess.run([sys.executable, ROOT / "soft_thinking.py", "--compile", "--device", "cpu"], check=False, text=True,
+                         capture_output=True, env=os.environ | {"CXX": "no-such-compiler"})
+    assert ran.returncode == 2 and ran.stderr.count("\n") == 1
+    assert "compiling for a CPU needs a C++ compiler, and none was found" in ran.stderr
+    with pytest.raises(UserError, match="unknown quantisation int4: use int8"):
+        load(str(folder_of("llama3")), "cpu", quantize="int4")
+
+
 def test_int8_by_hand():
     linear = Linear(3, 2, bias=True)
     linear.weight.data = torch.tensor([[127.0, -64.0, 0.4], [0.0, 0.0, 0.0]])
