@@ -477,11 +477,12 @@ def bench_decoding(args: argparse.Namespace) -> tuple[list[str], dict]:
     for batch in args.batch:  # all our memory is in use once, before a peer takes some
         contenders["concept tokens"](batch)
     peak, limit = peak_memory(device), bandwidth(device)
+    exact = load(args.model, args.device, args.dtype)[0] if args.quantize else model  # the peers' weights are not in 8 bits
     if args.quantize:
-        lost = quality(model, tokenizer, load(args.model, args.device, args.dtype)[0])
+        lost = quality(model, tokenizer, exact)
     for name in args.against:
         try:
-            peer = PEERS[name](find_folder(args.model), model, ids, args.tokens)
+            peer = PEERS[name](find_folder(args.model), exact, ids, args.tokens)
         except ImportError as error:
             print(f"{error.name} is not installed: {name} is skipped (pip install {PACKAGES[name]})", file=sys.stderr)
             continue

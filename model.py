@@ -184,8 +184,9 @@ class Linear(nn.Linear):
 class Int8Linear(nn.Module):
     """x [..., n] -> [..., m] from a weight in 8 bits, int8 [m, n], with one scale for each of its m rows.
 
-    The scale is rounded first and the weight then rounded to its multiples, so that only the second rounding is an error:
-    at most half a scale, 1/254 of the largest weight of the row.  Products accumulate in float32.
+    The scale is rounded first, and the weight then to its multiples, so that only the second rounding is an error: at most
+    half a scale, 1/254 of the largest weight of the row.  Decoding on a CPU multiplies the integers as they are; elsewhere
+    the weight is made again for each product, with one rounding more, unless a compiler fuses the two.
     """
 
     def __init__(self, linear: Linear):
@@ -198,10 +199,16 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type == "cpu" and torch.is_inference_mode_enabled():
-            y = torch._weight_int8pack_mm(x.flatten(0, -2), self.weight, self.scale).view(*x.shape[:-1], -1)
-        else:
-            y = F.linear(x, self.weight.to(x.dtype)) * self.scale
-        return y if self.bias is None else y + self.bias
+            y = torch._weight_int8pack_mm(x.reshape(-1, x.shape[-1]), self.weight, self.scale).view(*x.shape[:-1], -1)
+            return y if self.bias is None else y + self.bias
+        return F.linear(x, self.weight * self.scale[:, None], self.bias)
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """q [B, T, H, h], k and v [B, S, K, h] -> [B, T, H, h].  Causal where no mask says otherwise."""
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    grouped = q.shape[1] != k.shape[1]  # each head of keys serves H / K of queries
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped).transpose(1, 2)
 
 
 class Attention(nn.Module):
@@ -225,13 +232,7 @@ class Attention(nn.Module):
         # Rotate pairs (x1, x2) half a head apart: (x1 cos - x2 sin, x2 cos + x1 sin).  sin carries the minus already.
         qk = torch.addcmul(qk * cos, qk.roll(h // 2, -1), sin).to(x.dtype)  # cos and sin are float32
         q, k = qk.split([H, K], dim=2)
-        k, v = (k.transpose(1, 2), v.transpose(1, 2)) if cache is None else cache.extend(layer, k, v)  # [B, K, S, h]
-        mask = None if cache is None else cache.mask
-        if T == 1:  # the H / K query heads of a group stand where positions would, so that keys are read once for all
-            y = F.scaled_dot_product_attention(q.reshape(B, K, H // K, h), k, v, attn_mask=mask)  # [B, K, H / K, h]
-        else:
-            y = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=H != K)
-            y = y.transpose(1, 2)  # [B, T, H, h]
+        y = causal_attention(q, k, v) if cache is None else cache.attend(layer, q, k, v)  # [B, T, H, h]
         return self.o(y.reshape(B, T, H * h))
 
 
@@ -349,10 +350,13 @@ class Transformer(nn.Module):
 
         PyTorch would do so again in every product, which takes longer than the product of a few rows.
         """
-        weight = self.embed.weight
-        if self.compiled is not None or weight.device.type != "cpu" or weight.dtype != torch.bfloat16 or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        weight, linears = self.embed.weight, [m for m in self.modules() if isinstance(m, Linear)]
+        if self.compiled is not None or weight.device.type != "cpu" or weight.dtype != torch.bfloat16 \
+                or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
             return
-        for linear in (m for m in self.modules() if isinstance(m, Linear)):
+        if all(m.version is None for m in linears) and 2 * sum(m.weight.nbytes for m in linears) > free_memory(weight.device):
+            return
+        for linear in linears:
             version = None if linear.weight.is_inference() else linear.weight._version  # the first do not say when they change
             if version is None or linear.version != version:
                 linear.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
@@ -369,25 +373,29 @@ class KVCache:
     length in use, rounded up.  The rounding keeps shapes few (on CUDA each needs a recording) and a row's arithmetic,
     hence its bits, the same whichever neighbours it has.
 
-    What the host decides (`reserve`) and what the device computes (`advance`, `extend`) are apart, so that the second can
+    What the host decides (`reserve`) and what the device computes (`advance`, `attend`) are apart, so that the second can
     be recorded once and replayed.
     """
 
     def __init__(self, model: "Transformer", rows: int, capacity: int):
         c, weight = model.config, model.embed.weight
+        self.K, self.G = c.kv_heads, c.heads // c.kv_heads
         self.rows = torch.arange(rows, device=weight.device)[:, None]
         self.lengths = torch.zeros(rows, dtype=torch.long, device=weight.device)
         # Zeros, because what is masked is still multiplied (by 0), and 0 times an uninitialised NaN is NaN.
-        shape = (rows, capacity, c.kv_heads, c.head_dim)
+        shape = (rows, self.rounded(capacity), c.kv_heads, c.head_dim)
         self.keys, self.values = ([torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in model.blocks]
                                   for _ in "kv")
         self.S, self.moves, self.mask, self.positions = 0, 0, None, None
 
-    def reserve(self, longest: int) -> None:
-        """Have room for rows of up to that many positions."""
+    def rounded(self, longest: int) -> int:
         cpu = self.lengths.device.type == "cpu"
         step = max(64 if cpu else 256, 1 << max(0, longest.bit_length() - (4 if cpu else 2)))  # 8 or 2 sizes per doubling
-        self.S, old = -(-longest // step) * step, self.keys[0].shape[1]
+        return -(-longest // step) * step
+
+    def reserve(self, longest: int) -> None:
+        """Have room for rows of up to that many positions."""
+        self.S, old = self.rounded(longest), self.keys[0].shape[1]
         if self.S > old:
             self.moves += 1
             for tensors in (self.keys, self.values):
@@ -401,18 +409,25 @@ class KVCache:
         A row that nobody uses (any more) may point behind what is reserved: it stays at the last positions.
         """
         device = self.lengths.device
-        self.positions = (self.lengths.clamp(max=self.S - T)[:, None] + torch.arange(T, device=device)).contiguous()  # [rows, T]
+        self.positions = self.lengths.clamp(max=self.S - T)[:, None] + torch.arange(T, device=device)  # [rows, T]
         self.lengths += T
-        hidden = torch.arange(self.S, device=device) > self.positions[:, None, :, None]
-        self.mask = torch.zeros(hidden.shape, dtype=self.keys[0].dtype, device=device).masked_fill_(hidden, -math.inf)  # [rows, 1, T, S]
+        later = torch.arange(self.S, device=device) > self.positions.repeat(1, self.G if T > 1 else 1)[:, None, :, None]
+        # [rows, 1, G * T, S], for one position [rows, 1, 1, S]: 0, or -inf where a position is not to be seen
+        self.mask = torch.zeros(later.shape, dtype=self.keys[0].dtype, device=device).masked_fill_(later, -math.inf)
         return self.positions, self.S
 
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Put the new positions' k, v [rows, T, K, h] in their places; all keys and values in use, [rows, K, S, h]."""
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Put k, v [rows, T, K, h] in their places, and attend with q [rows, T, H, h] to all that is in use: [rows, T, H, h].
+
+        The G = H / K query heads of a group stand where positions would, so that their keys are read once for all of them.
+        """
         keys, values, S = self.keys[layer], self.values[layer], self.mask.shape[-1]
         keys.index_put_((self.rows, self.positions), k)
         values.index_put_((self.rows, self.positions), v)
-        return keys[:, :S].transpose(1, 2), values[:, :S].transpose(1, 2)
+        B, T, H, h = q.shape
+        q = q.view(B, T, self.K, self.G, h).permute(0, 2, 3, 1, 4).reshape(B, self.K, self.G * T, h)
+        y = F.scaled_dot_product_attention(q, keys[:, :S].transpose(1, 2), values[:, :S].transpose(1, 2), attn_mask=self.mask)
+        return y.view(B, self.K, self.G, T, h).permute(0, 3, 1, 2, 4).reshape(B, T, H, h)
 
     def take(self, row: int, source: "KVCache | None", T: int) -> None:
         """Begin a row with the first T positions of another cache's only row; None: with nothing."""
@@ -430,6 +445,7 @@ class KVCache:
         UserError where not even one does.
         """
         c, weight = model.config, model.embed.weight
+        model.pack()  # takes memory, too
         row = 2 * c.layers * c.kv_heads * c.head_dim * weight.itemsize * min(positions, c.context) * 3 // 2  # see `reserve`
         row += 32 * c.vocab_size  # float32 logits and what a method makes of them
         free = 0.9 * free_memory(weight.device)
@@ -531,7 +547,7 @@ def decode(model: "Transformer", requests: Iterable[Request | None], method, row
         embeds.copy_(following)
         live.logical_and_(~finished)
 
-    advance = Graphs(step, cache) if device.type in RECORDED and not getattr(method, "host", False) else step
+    advance = Graphs(model, step, cache) if device.type in RECORDED and not getattr(method, "host", False) else step
     for now in itertools.count():
         budget = Prompt.CHUNK  # positions of prompts that are taken in before the next step
         while None in slots and (budget > 0 or not any(slots)):
@@ -566,17 +582,18 @@ class Graphs:
     """Runs `step` from a recording, one for each number of positions that attention reads: launching the kernels of a step
     one by one takes the host longer than running them takes the GPU."""
 
-    def __init__(self, step: Callable[[], None], cache: KVCache):
-        self.step, self.cache, self.moves, self.graphs = step, cache, cache.moves, {}
+    def __init__(self, model: Transformer, step: Callable[[], None], cache: KVCache):
+        self.model, self.step, self.cache, self.moves, self.graphs, self.tables = model, step, cache, cache.moves, {}, []
 
     def __call__(self) -> None:
         if self.moves != self.cache.moves:  # a recording knows tensors by their addresses
-            self.moves, self.graphs = self.cache.moves, {}
+            self.moves, self.graphs, self.tables = self.cache.moves, {}, []
         if graph := self.graphs.get(self.cache.S):
             graph.replay()
         else:
             self.step()  # this step, done at once; the recording, which does nothing yet, is for those to come
             self.graphs[self.cache.S] = self.record()
+            self.tables.append((self.model.cos, self.model.sin))  # longer ones may replace them: a recording keeps to its own
 
     def record(self) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
@@ -585,13 +602,13 @@ class Graphs:
         return graph
 
 
-def check_prompt(config: Config, ids: list[int], question: str = "") -> None:
+def check_prompt(config: Config, ids: list[int], question: str = "", whose: str = "the", remedy: str = "shorten it") -> None:
     """UserError where a prompt fills the context window or leaves the vocabulary.  A question tells which of many it is."""
     if len(ids) >= config.context:
         which = f" (of the question {question[:60]!r})" if question else ""
-        raise UserError(f"the prompt has {len(ids)} tokens, the context window {config.context}{which}: shorten it")
+        raise UserError(f"{whose} prompt has {len(ids)} tokens, the context window {config.context}{which}: {remedy}")
     if max(ids) >= config.vocab_size:
-        raise UserError(f"the tokenizer gives id {max(ids)}, the model has {config.vocab_size} embeddings: "
+        raise UserError(f"{whose} tokenizer gives id {max(ids)}, the model has {config.vocab_size} embeddings: "
                         "tokenizer and weights are of different models")
 
 
@@ -748,6 +765,8 @@ def choose(device: str | None, dtype: torch.dtype | str | None) -> tuple[torch.d
         raise UserError("unknown device: use cpu, cuda, or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"no device {device}: PyTorch {torch.__version__} sees {torch.cuda.device_count()} CUDA device(s)")
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
     if dtype is None:
         # bfloat16 halves the bytes, but is slower on a processor that has no instructions for it.
         cpuinfo = Path("/proc/cpuinfo")

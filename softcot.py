@@ -7,12 +7,12 @@
     h = assistant(instruction, question, N placeholders)    final-norm hidden states at the placeholders, [N, d_a]
     T = h W^T + b                                           the soft thoughts, [N, d]
     input = E(left) T E(right)                              the LLM's prompt; left ends with the question
-    loss = -sum_i log p(y_i | input, y_<i) / |y|            y: reasoning steps, answer, end of sequence
+    loss = -sum_i log p(y_i | input, y_<i) / |y|            y: reasoning steps, answer, end of sequence, of all in a step
 
 Both models are frozen; only W and b are trained, in float32 (AdamW without decay, gradients clipped to norm 1: what the
 Trainer that the official code uses does by default).  The assistant is causal: h is computed once per problem, and its
-first n rows are what n placeholders would give.  The LLM runs under autograd from the first thought on, and makes logits
-for the labels only.  Positions come from how a sequence is put together, never from counting back.  The official code
+first n rows are what n placeholders would give.  The LLM runs under autograd from the first thought on (for LoRA from the
+start), and makes logits for the labels only.  Positions come from how a sequence is put together, never from counting back.  The official code
 trains 32 thoughts and evaluates 4; ours evaluates as many as were trained, and says so where `eval --thoughts 4` asks
 for others.
 
@@ -51,13 +51,15 @@ from tqdm import tqdm
 
 import tasks
 from model import (
-    Config,
+    ALIASES,
     KVCache,
     Prompt,
     Request,
     Tokenizer,
     Transformer,
     UserError,
+    causal_attention,
+    check_prompt,
     decode,
     hf_tensors,
     load,
@@ -116,16 +118,6 @@ def split_thought(text: str) -> tuple[str, str]:
     return (thought.removeprefix("<think>").strip(), said.strip()) if marker else ("", text.strip())
 
 
-def check_fit(config: Config, ids: list[int], n: int, whose: str) -> None:
-    """UserError where a prompt fills the context window, or leaves the vocabulary."""
-    if len(ids) >= config.context:
-        raise UserError(f"{whose} prompt has {len(ids)} tokens, {n} thoughts among them, and its context window is "
-                        f"{config.context}: lower --thoughts or shorten the question")
-    if max(ids) >= config.vocab_size:
-        raise UserError(f"{whose} tokenizer gives id {max(ids)}, the model has {config.vocab_size} embeddings: "
-                        "tokenizer and weights are of different models")
-
-
 @dataclass(frozen=True)
 class Sequence:
     """Token ids of the LLM's input: left, n placeholders where the thoughts go, right; in training then the labels y."""
@@ -175,6 +167,7 @@ def hidden_states(assistant: Transformer, ids: list[list[int]], n: int, out: Ten
             padded = torch.tensor([ids[i] + [0] * (T - len(ids[i])) for i in rows], device=assistant.embed.weight.device)
             hidden = assistant(assistant.embed(padded))  # [B, T, d_a]
             for i, h in zip(rows, hidden):
+                assert ids[i][len(ids[i]) - n :] == [ids[i][-1]] * n  # the placeholders, which `assistant_ids` puts last
                 out[i] = h[len(ids[i]) - n : len(ids[i])]
             bar.update(B)
     return out
@@ -206,18 +199,22 @@ def input_embeddings(model: Transformer, sequences: list[Sequence], thoughts: Te
 
 
 class Past:
-    """What `Transformer.forward` takes for a cache in training: the keys and values before position L, as constants."""
+    """A cache for training: the keys and values that a first pass leaves are constants of the second."""
 
-    def __init__(self, before: KVCache, L: int):
-        self.before, self.L = before, L
+    def __init__(self, device: torch.device):
+        self.device, self.L, self.kept, self.mask = device, 0, {}, None
 
     def advance(self, T: int) -> tuple[Tensor, int]:
-        self.mask = causal_lower_right(T, self.L + T)  # the last query attends to every key
-        return torch.arange(self.L, self.L + T, device=self.before.lengths.device)[None], self.L + T
+        L, self.L = self.L, self.L + T
+        self.mask = causal_lower_right(T, L + T) if L else None  # the last query attends to every key
+        return torch.arange(L, L + T, device=self.device)[None], L + T
 
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        keys, values = self.before.keys[layer][:, : self.L], self.before.values[layer][:, : self.L]
-        return torch.cat([keys, k], 1).transpose(1, 2), torch.cat([values, v], 1).transpose(1, 2)  # [B, K, L + T, h]
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if layer in self.kept:
+            k, v = (torch.cat(pair, dim=1) for pair in zip(self.kept[layer], (k, v)))
+        else:
+            self.kept[layer] = k, v
+        return causal_attention(q, k, v, self.mask)
 
 
 def hidden_after(model: Transformer, embeds: Tensor, L: int) -> Tensor:
@@ -228,11 +225,10 @@ def hidden_after(model: Transformer, embeds: Tensor, L: int) -> Tensor:
     """
     if not L:
         return model(embeds)
-    past = KVCache(model, len(embeds), L)
-    past.reserve(L)
+    past = Past(embeds.device)
     with torch.no_grad():
         model(embeds[:, :L], past)
-    return model(embeds[:, L:], Past(past, L))
+    return model(embeds[:, L:], past)
 
 
 @contextmanager
@@ -321,7 +317,7 @@ def lora_merged(model: Transformer, trained: dict[str, Tensor], scale: float) ->
 
 def write_file(path: Path, content: bytes) -> None:
     """At once: a reader, or a machine that stops, finds the old file or the new one."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(content)
@@ -352,9 +348,9 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def fingerprint(model: Transformer) -> str:
-    """The same for the same weights, wherever they lie and in whatever dtype they were loaded."""
+    """The same for the same weights, wherever they lie, loaded in bfloat16 or float32."""
     some = torch.cat([p.detach().flatten()[:256].cpu() for p in model.parameters()]).bfloat16()
-    some[some.abs() < 1e-3] = 0  # float16 rounds the smallest ones
+    some[some.abs() < 1e-3] = 0
     return hashlib.sha256(some.view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
 
 
@@ -372,40 +368,50 @@ def identity(name: str, model: Transformer, assistant_name: str, assistant: Tran
     return own | {"assistant": portable(assistant_name), "assistant_id": fingerprint(assistant), "d_a": str(assistant.config.d)}
 
 
+TENSORS = {"softcot": {"weight", "bias"}, "cot-unk": {"prompt"}}  # what a file of that method holds
+
+
 def read_trained(path: Path, method: str, here: dict[str, str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """What `train --method` saved, and its metadata.  UserError where it was made for other models or another method."""
+    """What `train --method` saved for use, and its metadata.  UserError where it was made for other models or another method."""
     trained, there = read_tensors(path)
-    if there.get("method") != method:
-        raise UserError(f"{path} holds {there.get('method', 'something that softcot.py did not make')}, not {method}: give "
-                        f"the file that `train --method {method}` made")
+    if there.get("method") != method or trained.keys() != TENSORS[method]:
+        raise UserError(f"{path} does not hold what `train --method {method}` makes for use, {BEST[method]} or last.safetensors: "
+                        "give one of these")
+    check_made_for(path, there, here)
+    return trained, there
+
+
+def check_made_for(path: Path, there: dict[str, str], here: dict[str, str]) -> None:
+    """UserError where a file was made for other models, and a warning where it was for other prompts."""
     if any(there.get(key) != here[key] for key in here if key.endswith("_id") or key.startswith("d")):
         def said(who: dict) -> str:
             both = [(who.get(name), who.get(width)) for name, width in (("assistant", "d_a"), ("model", "d")) if name in here]
             return " and ".join(f"{name} (width {width})" for name, width in both)
-        raise UserError(f"{path} was made for {said(there)}, not for {said(here)}: pass those, or train for these")
+        others = said(here) if said(here) != said(there) else "other weights of the same names"
+        raise UserError(f"{path} was made for {said(there)}, not for {others}: pass those, or train for these")
     if there["prompt_version"] != str(PROMPT_VERSION):
         print(f"warning: {path} was trained with prompt version {there['prompt_version']}, this is {PROMPT_VERSION}: "
               "expect worse answers", file=sys.stderr)
-    return trained, there
 
 
-def read_adapter(path: Path, model: Transformer) -> tuple[dict[str, Tensor], float, str]:
-    """LoRA's tensors and alpha / r, from a folder in PEFT's format, ours or another's; and a digest for the records."""
-    folder = path.parent if path.suffix == ".safetensors" else path
-    trained, there = read_tensors(folder / "adapter_model.safetensors")
+def read_adapter(path: Path, model: Transformer, here: dict[str, str]) -> tuple[dict[str, Tensor], float, str]:
+    """LoRA's tensors and alpha / r, from a folder or file in PEFT's format, ours or another's; and a digest for the records."""
+    file = path if path.suffix == ".safetensors" else path / BEST["lora"]
+    trained, there = read_tensors(file)
     try:
-        config = json.loads((folder / "adapter_config.json").read_text())
+        config = json.loads((file.parent / "adapter_config.json").read_text())
         rank, scale = int(config["r"]), config["lora_alpha"] / config["r"]
     except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError):
-        raise UserError(f"{folder} has no adapter_config.json with r and lora_alpha: give the folder of an adapter") from None
+        raise UserError(f"{file.parent} has no adapter_config.json with r and lora_alpha: give the folder of an adapter") from None
     if kind := [key for key in ("use_rslora", "use_dora", "alpha_pattern", "rank_pattern") if config.get(key)]:
-        raise UserError(f"{folder} is an adapter with {kind[0]}, supported is plain LoRA: use another")
-    expected = {name: tuple(x.shape) for name, x in lora_start(model, rank).items()}
-    if {name: tuple(x.shape) for name, x in trained.items()} != expected:
-        raise UserError(f"{folder} is no adapter of q_proj and v_proj for this model, but one made for "
+        raise UserError(f"{file} is an adapter with {kind[0]}, supported is plain LoRA: use another")
+    if {name: tuple(x.shape) for name, x in trained.items()} != {name: tuple(x.shape) for name, x in lora_start(model, rank).items()}:
+        raise UserError(f"{file} is no adapter of q_proj and v_proj for this model, but one made for "
                         f"{there.get('model', config.get('base_model_name_or_path'))}: pass that as --model")
+    if "model_id" in there:  # ours
+        check_made_for(file, there, here)
     device = model.embed.weight.device
-    return {name: x.float().to(device) for name, x in trained.items()}, scale, digest(folder / "adapter_model.safetensors")
+    return {name: x.float().to(device) for name, x in trained.items()}, scale, digest(file)
 
 
 def digest(path: Path) -> str:
@@ -421,7 +427,7 @@ def flag(default, help: str, **options):
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that changes what is trained, but for models and data.  Each field is a flag.  ValueError for nonsense."""
+    """Everything that changes a training or its log, but for models and data.  Each field is a flag.  ValueError for nonsense."""
 
     method: str = flag("softcot", "softcot: the projection; cot-unk: a soft prompt in its place; lora",
                        choices=("softcot", "cot-unk", "lora"))
@@ -444,6 +450,8 @@ class Settings:
                           ("max_new_tokens", 1), ("warmup", 0), ("dev_limit", 0), ("seed", 0)):
             if getattr(self, name) < low:
                 raise ValueError(f"{name} must be at least {low}, not {getattr(self, name)}")
+        if self.seed >= 1 << 63:
+            raise ValueError(f"seed must be below 2^63, not {self.seed}")
         for name in ("lr", "alpha"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
@@ -482,16 +490,18 @@ class Trainer:
     """A training in a folder: one step after another, from wherever the folder stands."""
 
     def __init__(self, folder: Path, model: Transformer, tokenizer: Tokenizer, task: tasks.Task, problems: list[tasks.Problem],
-                 sequences: list[Sequence], hidden: Tensor | None, about: dict[str, str], s: Settings):
-        """problems, sequences and hidden [problems, N, d_a] belong together; the last s.dev of them are held out."""
+                 sequences: list[Sequence], about: dict[str, str], s: Settings, adapter: dict | None = None):
+        """problems and sequences belong together, and with them what `hidden` is to be before `run`, [problems, N, d_a]; the
+        last s.dev of them are held out.  UserError where the folder holds a training of other settings."""
         self.folder, self.model, self.tokenizer, self.task, self.s, self.about = folder, model, tokenizer, task, s, about
-        self.problems, self.sequences, self.hidden = problems, sequences, hidden
+        self.problems, self.sequences, self.hidden, self.adapter = problems, sequences, None, adapter
         self.train, self.dev = range(len(problems) - s.dev), range(len(problems) - s.dev, len(problems))
         self.trained = start(model, sequences[0].unk, int(about.get("d_a", 0)), s)
         self.optimizer = torch.optim.AdamW(self.trained.values(), lr=s.lr, weight_decay=0.0)
         self.per_epoch = -(-len(self.train) // (s.batch_size * s.accumulate))
         self.total = s.epochs * self.per_epoch
         self.step, self.best, self.dev_loss = 0, math.inf, math.nan
+        self.resume()
 
     def thoughts(self, indices: list[int]) -> Tensor | None:
         h = None if self.hidden is None else self.hidden[indices].to(self.model.embed.weight.device)
@@ -500,14 +510,15 @@ class Trainer:
     def loss(self, indices: list[int]) -> Tensor:
         return negative_log_likelihood(self.model, [self.sequences[i] for i in indices], self.thoughts(indices))
 
-    def gradient(self, indices: list[int]) -> float:
+    def gradient(self, indices: list[int], checkpointing: bool) -> float:
         """Leaves the gradient of the mean loss per label; accumulated, it is that of all passes' problems in one."""
         labels, total, weight = sum(len(self.sequences[i].labels) for i in indices), 0.0, self.model.embed.weight
         self.optimizer.zero_grad()
         for i in range(0, len(indices), self.s.batch_size):
             # In bfloat16 on a CPU fused attention is slower than plain attention.
             plain = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
-            with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
+            less = checkpointed(self.model) if checkpointing else nullcontext()
+            with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext(), less:
                 loss = self.loss(indices[i : i + self.s.batch_size]) / labels
                 loss.backward()
             total += loss.item()
@@ -519,13 +530,9 @@ class Trainer:
 
     def run(self, save_every: int, checkpointing: bool) -> None:
         """All steps that are left.  UserError where the loss is no number: what is saved by then has a finite loss."""
-        self.resume()
-        if self.saved == self.total:
-            return
         s = self.s
         adapted = lora_hooks(self.model, self.trained, s.alpha / s.rank, s.dropout) if s.method == "lora" else nullcontext()
-        less = checkpointed(self.model) if checkpointing else nullcontext()
-        with adapted, less, tqdm(desc=f"train {s.method}", total=self.total, initial=self.step) as bar:
+        with adapted, tqdm(desc=f"train {s.method}", total=self.total, initial=self.step) as bar:
             if self.saved is None:
                 self.validate()
             first = self.step
@@ -534,7 +541,7 @@ class Trainer:
                 if self.step == first or place == 0:
                     order = epoch_order([len(self.sequences[i].ids) for i in self.train], epoch, s)
                 torch.manual_seed(int(np.random.default_rng((s.seed, self.step)).integers(2**63)))  # for the dropout
-                loss = self.gradient(order[place])
+                loss = self.gradient(order[place], checkpointing)
                 norm = nn.utils.clip_grad_norm_(self.trained.values(), 1.0).item()
                 if not math.isfinite(loss + norm):
                     where = ", ".join(self.problems[i].id for i in order[place])
@@ -562,7 +569,8 @@ class Trainer:
         if not math.isfinite(self.dev_loss):
             raise self.diverged(f"the held-out loss is {self.dev_loss} after step {self.step}")
         asked = self.dev[: s.dev_limit]
-        slots = max(1, min(16, len(asked)))
+        longest = max((self.sequences[i].prompt for i in asked), default=1) + s.max_new_tokens
+        slots = KVCache.fitting(self.model, max(1, min(16, len(asked))), longest)
 
         def requests() -> Iterator[Request]:
             for i in asked:
@@ -579,6 +587,8 @@ class Trainer:
         if self.dev_loss < self.best:
             self.best = self.dev_loss
             write_tensors(self.folder / BEST[s.method], self.trained, self.metadata())
+            if self.adapter:
+                write_file(self.folder / "adapter_config.json", json.dumps(self.adapter, indent=1).encode())
         self.save()
 
     def diverged(self, what: str) -> UserError:
@@ -601,7 +611,7 @@ class Trainer:
         self.saved = self.step
 
     def resume(self) -> None:
-        """Go back to the last saved step, the log with it.  UserError where the folder holds a training of other settings."""
+        """Go back to the last saved step, the log with it.  UserError where that was of other settings."""
         self.saved, path, log = None, self.folder / "state.safetensors", self.folder / "log.jsonl"
         if path.exists():
             state, there = read_tensors(path)
@@ -684,20 +694,32 @@ class Way:
     trained: dict[str, Tensor]  # of the projection, the soft prompt, or LoRA; {}: nothing
     assistant: tuple[Transformer, Tokenizer] | None = None
     scale: float = 0.0  # LoRA's alpha / r
+    name: str = ""  # of the assistant
+    file: str = ""  # digest of what was trained
+    task: str = ""  # that it was trained on
 
 
 def hints(way: Way, questions: list[str], rows: int) -> dict[str, str]:
     """Question -> the first n tokens that the assistant says, greedily."""
     assistant, tokenizer = way.assistant
+    asked = {q: tokenizer.chat(INSTRUCTION.format(question=q), date_string="26 Jul 2024") for q in questions}
+    for question, ids in asked.items():
+        check_prompt(assistant.config, ids, question, "the assistant's")
+    rows = KVCache.fitting(assistant, rows, max(map(len, asked.values())) + way.n)
 
     def requests() -> Iterator[Request]:
-        for question in dict.fromkeys(questions):
-            ids = tokenizer.encode(tokenizer.render(INSTRUCTION.format(question=question), date_string="26 Jul 2024"))
-            check_fit(assistant.config, ids, 0, "the assistant's")
+        for question, ids in asked.items():
             yield Request(Prompt(assistant.embed(torch.tensor(ids, device=assistant.embed.weight.device))), (question, ()))
 
     return {question: tokenizer.decode([t for t in ids if t not in assistant.config.eos_ids])
             for (question, _), ids in decode(assistant, requests(), Sampler(assistant, rows, way.n), rows)}
+
+
+def inputs(tokenizer: Tokenizer, way: Way, question: str, hint: str) -> Sequence:
+    """What the LLM reads of a question that is asked this way."""
+    if way.method == "assist-cot" and way.n:
+        question = HINT.format(question=question, hint=hint)
+    return sequence(tokenizer, question, way.n if way.method in ("softcot", "cot-unk") else 0, [])
 
 
 @torch.no_grad()
@@ -706,29 +728,34 @@ def build(model: Transformer, tokenizer: Tokenizer, way: Way, question: str, hin
 
     One question at a time, so that what is answered does not depend on the neighbours.
     """
-    n = way.n if way.method in ("softcot", "cot-unk") else 0
-    if way.method == "assist-cot" and way.n:
-        question = HINT.format(question=question, hint=hint)
-    asked, h = sequence(tokenizer, question, n, []), None
-    check_fit(model.config, asked.ids, n, "the")
-    if way.method == "softcot" and n:
+    asked, h = inputs(tokenizer, way, question, hint), None
+    if way.method == "softcot" and asked.n:
         assistant, its = way.assistant
-        ids, weight = assistant_ids(its, question, n), assistant.embed.weight
-        check_fit(assistant.config, ids, n, "the assistant's")
-        h = hidden_states(assistant, [ids], n, torch.empty(1, n, assistant.config.d, dtype=weight.dtype, device=weight.device))
-    thoughts = soft_thoughts(way.trained, h, 1, n)
-    left, right = prompt_texts(tokenizer, question, n)
-    between = f"<{n} {'placeholders' if thoughts is None else 'soft thoughts'}>" if n else ""
-    embeds = input_embeddings(model, [asked], thoughts)[0]
-    return Prompt(embeds), left + between + right, None if thoughts is None else thoughts[0]
+        ids, weight = assistant_ids(its, question, asked.n), assistant.embed.weight
+        out = torch.empty(1, asked.n, assistant.config.d, dtype=weight.dtype, device=weight.device)
+        h = hidden_states(assistant, [ids], asked.n, out)
+    thoughts = soft_thoughts(way.trained, h, 1, asked.n)
+    between = f"<{asked.n} {'placeholders' if thoughts is None else 'soft thoughts'}>" if asked.n else ""
+    text = tokenizer.decode(asked.left) + between + tokenizer.decode(asked.right)
+    return Prompt(input_embeddings(model, [asked], thoughts)[0]), text, None if thoughts is None else thoughts[0]
 
 
 def answers(model: Transformer, tokenizer: Tokenizer, way: Way, jobs: list[tuple[tasks.Problem, int]], task: tasks.Task,
             num_samples: int, temperature: float, max_new_tokens: int, seed: int,
             rows: int) -> Iterator[tuple[tasks.Problem, int, dict]]:
-    """(problem, sample, record) as they are finished; a record's answer is the majority of num_samples draws."""
+    """(problem, sample, record) as they are finished; a record's answer is the majority of num_samples draws, and its seconds
+    count from when the first of them was asked for.  UserError, before anything is answered, for a prompt that is too long."""
     said = [tasks.prompt(problem, task) for problem, _ in jobs]
     hint = hints(way, said, rows) if way.method == "assist-cot" and way.n else {}
+    longest = 0
+    for question in dict.fromkeys(said):
+        ids = inputs(tokenizer, way, question, hint.get(question, "")).ids
+        check_prompt(model.config, ids, question, remedy="shorten it, or lower --thoughts")
+        if way.method == "softcot" and way.n:
+            assistant, its = way.assistant
+            check_prompt(assistant.config, assistant_ids(its, question, way.n), question, "the assistant's", "shorten it, or lower --thoughts")
+        longest = max(longest, len(ids))
+    rows = KVCache.fitting(model, rows, longest + max_new_tokens)
     open_jobs: dict[int, list] = {}  # index -> [when it began, text of the prompt, ids of each draw]
 
     def requests() -> Iterator[Request]:
@@ -805,6 +832,7 @@ def command_line(command: str | None) -> argparse.ArgumentParser:
     add("--max-new-tokens", type=int, default=4096, help="of each answer (default: 4096)")
     if command is None:
         add("--question", help="answer this one (default: a problem of the task tiny)")
+        parser.set_defaults(prompt=None)  # only eval has it
         return parser
     add("--methods", help=f"of {', '.join(METHODS)} (default: all, lora only with --lora)")
     add("--thoughts", help="N, or several with commas, one row each (default: as many as were trained)")
@@ -882,18 +910,22 @@ def train(args: argparse.Namespace) -> None:
         if len(fitting) < len(problems):
             print(f"left out: {len(problems) - len(fitting)} of {len(problems)} problems, too long for the context windows",
                   file=sys.stderr)
-        check_fit(model.config, [max(max(q.ids) for q in sequences)], n, "the")  # of the vocabulary
+        check_prompt(model.config, [max(max(q.ids) for q in sequences)])  # of the vocabulary
+        if assistant:
+            check_prompt(assistant.config, [max(map(max, asked))], whose="the assistant's")
         text = json.dumps([[q.ids for q in sequences], asked]).encode()
         about = {"made_by": "softcot.py", "method": s.method, "task": name, "prompt_version": str(PROMPT_VERSION),
                  "thoughts": str(n), "dtype": str(model.embed.weight.dtype)[6:], "data": hashlib.sha256(text).hexdigest()[:16],
                  **identity(args.model, model, args.assistant, assistant)}
-        hidden = kept_hidden(assistant, asked, n, folder / "hidden.safetensors", about) if assistant else None
-        if s.method == "lora":
-            write_file(folder / "adapter_config.json", json.dumps(
-                {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": args.model, "r": s.rank,
-                 "lora_alpha": s.alpha, "lora_dropout": s.dropout, "target_modules": ["q_proj", "v_proj"], "bias": "none",
-                 "inference_mode": True}, indent=1).encode())
-        Trainer(folder, model, tokenizer, task, fitting, sequences, hidden, about, s).run(args.save_every, args.checkpointing)
+        adapter = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": s.rank, "lora_alpha": s.alpha, "lora_dropout": s.dropout,
+                   "base_model_name_or_path": ALIASES.get(args.model.lower(), args.model), "bias": "none",
+                   "target_modules": ["q_proj", "v_proj"], "inference_mode": True} if s.method == "lora" else None
+        trainer = Trainer(folder, model, tokenizer, task, fitting, sequences, about, s, adapter)
+        if trainer.saved != trainer.total:
+            if assistant:
+                trainer.hidden = kept_hidden(assistant, asked, n, folder / "hidden.safetensors", about)
+                assistant = its = None  # its memory is wanted
+            trainer.run(args.save_every, args.checkpointing)
         print(f"{folder / BEST[s.method]}: smallest held-out loss; {folder / 'last.safetensors'}: last step")
 
 
@@ -910,6 +942,8 @@ def locked(folder: Path) -> Iterator[Path]:
         yield folder
     except BlockingIOError:
         raise UserError(f"another training writes to {folder}: wait for it, or give --folder another name") from None
+    except OSError as error:
+        raise UserError(f"cannot lock {folder} ({error.strerror}): give a --folder on a local disk") from None
     finally:
         os.close(handle)
 
@@ -918,52 +952,38 @@ def kept_hidden(assistant: Transformer, ids: list[list[int]], n: int, path: Path
     """h of all problems, [len(ids), n, d_a], on the CPU: in memory, or (above CACHE_LIMIT) in a safetensors file that is
     mapped into memory, and found again when the training goes on."""
     dtype, shape = assistant.embed.weight.dtype, (len(ids), n, assistant.config.d)
-    size = math.prod(shape) * dtype.itemsize
+    size, about = math.prod(shape) * dtype.itemsize, {k: about[k] for k in ("data", "assistant_id", "dtype", "thoughts")}
     if size <= CACHE_LIMIT:
         return hidden_states(assistant, ids, n, torch.empty(shape, dtype=dtype))
+    if path.exists():
+        tensors, there = read_tensors(path)
+        if there == about:
+            return tensors["hidden"]
     short = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}[dtype]
     header = json.dumps({"__metadata__": about, "hidden": {"dtype": short, "shape": shape, "data_offsets": [0, size]}}).encode()
     header += b" " * (-len(header) % 8)  # so that the numbers behind it are aligned
     header, part = len(header).to_bytes(8, "little") + header, path.with_suffix(".part")
-
-    def mapped(file: Path) -> Tensor:
-        whole = torch.from_file(str(file), shared=True, size=len(header) + size, dtype=torch.uint8)
-        return whole[len(header):].view(dtype).view(shape)
-
-    if path.exists() and path.stat().st_size == len(header) + size:
-        with open(path, "rb") as file:
-            if file.read(len(header)) == header:
-                return mapped(path)
     try:
         with open(part, "wb") as file:
             file.write(header)
             file.flush()
             os.posix_fallocate(file.fileno(), 0, len(header) + size)  # a full disk is an error here, and a crash in a mapping
+            whole = torch.from_file(str(part), shared=True, size=len(header) + size, dtype=torch.uint8)
+            hidden_states(assistant, ids, n, whole[len(header) :].view(dtype).view(shape))
+            os.fsync(file.fileno())  # what was written by the mapping, too
     except OSError as error:
         part.unlink(missing_ok=True)
         raise UserError(f"cannot write {size / 1e9:.1f} GB of hidden states to {path}: {error.strerror}; free some, "
                         "or lower --thoughts") from None
-    hidden_states(assistant, ids, n, mapped(part))
     os.replace(part, path)
-    return mapped(path)
+    return read_tensors(path)[0]["hidden"]
 
 
 # -- python softcot.py eval, and python softcot.py
 
 
-@dataclass(frozen=True)
-class Pair:
-    """An assistant and its projection ({}: none is needed, or given)."""
-
-    name: str
-    assistant: tuple[Transformer, Tokenizer]
-    trained: dict[str, Tensor]
-    thoughts: int  # that the projection was trained with; 0: no projection
-    file: str  # digest
-
-
-def open_pairs(args: argparse.Namespace, model: Transformer) -> list[Pair]:
-    """What --assistant and --projection name, one by one."""
+def open_pairs(args: argparse.Namespace, model: Transformer) -> list[Way]:
+    """What --assistant and --projection name, one by one; n = 0 without a projection."""
     names, files = args.assistant.split(","), args.projection.split(",") if args.projection else []
     if not files and (args.model, args.assistant) == (TINY, TINY_ASSISTANT) and BUNDLED.exists():
         files = [str(BUNDLED)]
@@ -973,12 +993,9 @@ def open_pairs(args: argparse.Namespace, model: Transformer) -> list[Pair]:
         raise UserError(f"--projection names {len(files)} files and --assistant {len(names)} models: name one of them for each")
     loaded, pairs = {name: load(name, args.device, args.dtype) for name in dict.fromkeys(names)}, []
     for name, file in zip_longest(names, files):
-        if file:
-            trained, there = read_trained(Path(file), "softcot", identity(args.model, model, name, loaded[name][0]))
-            trained = {key: x.to(model.embed.weight.device) for key, x in trained.items()}
-            pairs.append(Pair(name, loaded[name], trained, int(there["thoughts"]), digest(Path(file))))
-        else:
-            pairs.append(Pair(name, loaded[name], {}, 0, ""))
+        trained, there = read_trained(Path(file), "softcot", identity(args.model, model, name, loaded[name][0])) if file else ({}, {})
+        pairs.append(Way("softcot", int(there.get("thoughts", 0)), {key: x.to(model.embed.weight.device) for key, x in trained.items()},
+                         loaded[name], name=name, file=digest(Path(file)) if file else "", task=there.get("task", "")))
     return pairs
 
 
@@ -1007,7 +1024,7 @@ def score(args: argparse.Namespace) -> None:
 
     def solver(way: Way) -> Callable:
         return lambda jobs: answers(model, tokenizer, way, jobs, task, args.num_samples, temperature, args.max_new_tokens,
-                                    args.seed, args.batch_size)
+                                    args.seed, min(args.batch_size, len(problems) * args.num_samples))
 
     result, records = tasks.run(problems, task, {row: (base | own, solver(way)) for row, (own, way) in ways.items()},
                                 args.seeds, args.output, args.json)
@@ -1033,28 +1050,30 @@ def ways_of(args: argparse.Namespace, model: Transformer, methods: list[str], nu
     pairs = open_pairs(args, model) if {"softcot", "assist-cot"} & set(methods) else []
     if "softcot" in methods and not all(pair.trained for pair in pairs):
         command = MAKE_BUNDLED if (args.model, args.assistant) == (TINY, TINY_ASSISTANT) else "python softcot.py train"
-        raise UserError(f"--methods softcot needs --projection FILE: make one with `{command}`")
-    usual = len(prompt.get("prompt", [])) or max((pair.thoughts for pair in pairs), default=0) or Settings.thoughts
+        raise UserError(f"softcot needs a projection, --projection FILE: make one with `{command}`")
+    usual = len(prompt.get("prompt", [])) or max((pair.n for pair in pairs), default=0) or Settings.thoughts
     ways = {}
     for method in methods:
         if method == "lora":
-            trained, scale, adapter = read_adapter(Path(args.lora), model)
+            trained, scale, adapter = read_adapter(Path(args.lora), model, identity(args.model, model, "", None))
             ways[method] = {"adapter": adapter}, Way(method, 0, trained, scale=scale)
         elif method == "zero-shot-cot":
             ways[method] = {}, Way(method, 0, {})
+        elif method == "cot-unk":
+            for n in numbers or [usual]:
+                row = method + (f" {n}" if len(numbers) > 1 else "")
+                ways[row] = {"thoughts": n} | which, Way(method, n, prompt)
+                if prompt and n != usual:
+                    print(f"{row}: trained with {usual} placeholders, answers with {n}", file=sys.stderr)
         else:
-            for i, pair in enumerate(pairs if method != "cot-unk" else [None], 1):
-                for n in numbers or [pair.thoughts if method == "softcot" else usual]:
-                    row = method + (f" {n}" if len(numbers) > 1 else "") + (f" #{i}" if pair and len(pairs) > 1 else "")
-                    if method == "cot-unk":
-                        ways[row] = {"thoughts": n} | which, Way(method, n, prompt)
-                    elif method == "assist-cot":
-                        ways[row] = {"thoughts": n, "assistant": pair.name}, Way(method, n, {}, pair.assistant)
-                    else:
-                        own = {"thoughts": n, "assistant": pair.name, "projection": pair.file}
-                        ways[row] = own, Way(method, n, pair.trained, pair.assistant)
-                        if n != pair.thoughts:
-                            print(f"{row}: trained with {pair.thoughts} thoughts, answers with {n}", file=sys.stderr)
+            assistants = pairs if method == "softcot" else list({pair.name: pair for pair in pairs}.values())
+            for i, pair in enumerate(assistants, 1):
+                for n in numbers or [pair.n if method == "softcot" else usual]:
+                    row = method + (f" {n}" if len(numbers) > 1 else "") + (f" #{i}" if len(assistants) > 1 else "")
+                    own = {"thoughts": n, "assistant": pair.name} | ({"projection": pair.file} if method == "softcot" else {})
+                    ways[row] = own, replace(pair, method=method, n=n, trained=pair.trained if method == "softcot" else {})
+                    if method == "softcot" and n != pair.n:
+                        print(f"{row}: trained with {pair.n} thoughts, answers with {n}", file=sys.stderr)
     if len(pairs) > 1:
         print("\n".join(f"#{i}: assistant {pair.name}, projection {pair.file}" for i, pair in enumerate(pairs, 1)))
     return ways
@@ -1069,22 +1088,20 @@ def answer(args: argparse.Namespace) -> None:
         raise UserError("the question is empty: pass --question TEXT")
     if not args.projection and (args.model, args.assistant) != (TINY, TINY_ASSISTANT):
         raise UserError("the bundled projection is for the bundled models: pass --projection FILE, which `train` makes")
-    if not args.projection and not BUNDLED.exists():
-        raise UserError(f"{BUNDLED} is missing: make it with `{MAKE_BUNDLED}`, or pass --projection FILE")
     model, tokenizer = load(args.model, args.device, args.dtype)
-    pair = open_pairs(args, model)[0]
+    (_, plain), (_, soft), *_ = ways_of(args, model, ["zero-shot-cot", "softcot"], []).values()
+    task = tasks.TASKS.get(soft.task, task)  # its prompts are those that the projection was trained with
     print(question, end="\n\n")
-    ways = [Way("zero-shot-cot", 0, {}), Way("softcot", pair.thoughts, pair.trained, pair.assistant)]
     problem = tasks.Problem("question", question, "", "number")
     texts = []
-    for way in ways:
+    for way in (plain, soft):
         ((_, _, record),) = answers(model, tokenizer, way, [(problem, 0)], task, 1, 0.0, args.max_new_tokens, 0, 1)
         texts.append(f"{record['thought_text']}\n\n{record['answer_text']}".strip() + f"\n\n{record['answer_tokens']} tokens")
     columns = [[line for part in text.splitlines() for line in wrap(part, 56) or [""]] for text in texts]
-    heads = "without", f"with {ways[1].n} soft thoughts"
+    heads = "without", f"with {soft.n} soft thoughts"
     for left, right in zip_longest(*([head, "", *lines] for head, lines in zip(heads, columns)), fillvalue=""):
         print(f"{left:58}{right}".rstrip())
-    _, _, thoughts = build(model, tokenizer, ways[1], question)
+    _, _, thoughts = build(model, tokenizer, soft, tasks.prompt(problem, task))
     print("\nsoft thoughts: norm in mean embedding norms, nearest tokens and the cosine of the angle to them")
     print("\n".join(whispers(model, tokenizer, thoughts)) + (f"\n\nthe right answer is {gold}" if gold else ""))
 

@@ -1,11 +1,14 @@
 """model.py against golden tensors of transformers, hand-written expectations, and everything a user can get wrong."""
 
+import gc
 import json
 import os
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
@@ -271,6 +274,26 @@ def test_steps_can_be_recorded_and_replayed(folder_of, monkeypatch):
     found = run(model, 4)
     assert found[0] == expected[0] and same_bits(found[1], expected[1]) and len(replays) > 10
 
+
+
+def test_a_recording_keeps_the_rotary_table_that_it_reads(monkeypatch):
+    model = Transformer(Config.from_json(FAMILIES["llama3"]))
+    cache, tables = SimpleNamespace(S=1000, moves=0), []
+
+    def record(graphs):
+        tables.append(weakref.ref(model.cos))
+        return SimpleNamespace(replay=lambda: None)
+
+    monkeypatch.setattr(M.Graphs, "record", record)
+    graphs = M.Graphs(model, lambda: model.rotation(torch.zeros(1, 1, dtype=torch.long), cache.S), cache)
+    for cache.S in (1000, 5000, 1000):
+        graphs()
+    gc.collect()
+    assert len(tables) == 2 and tables[0]() is not None and tables[1]() is model.cos
+    cache.moves += 1
+    graphs()
+    gc.collect()
+    assert len(tables) == 3 and tables[0]() is None
 
 
 def test_requests_may_wait_for_results(folder_of):

@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import GOLDEN, ROOT, record_steps, write_tokenizer
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import softcot
 import tasks
@@ -662,7 +662,7 @@ def test_without_arguments_it_answers_one_problem_twice(projection, monkeypatch,
     folders, file = projection
     monkeypatch.setattr(softcot, "BUNDLED", Path("/nowhere/softcot.safetensors"))
     assert main([]) == 2
-    assert "is missing: make it with `python softcot.py train" in (error := capsys.readouterr().err) and error.count("\n") == 1
+    assert "softcot needs a projection, --projection FILE: make one with `python softcot.py train" in (error := capsys.readouterr().err) and error.count("\n") == 1
     monkeypatch.setattr(softcot, "BUNDLED", Path(file))
     monkeypatch.setattr(softcot, "TINY", folders[0])
     monkeypatch.setattr(softcot, "TINY_ASSISTANT", folders[1])
@@ -706,13 +706,13 @@ def said(arguments, capsys):
     (["train", "--folder", "F", "--thoughts", "600"], "0 of 8 problems fit the context windows with 600 thoughts"),
     (["train", "--folder", "F", "--limit", "3"], "--dev holds out 200"),
     (["eval", "--methods", "softcot,coconut"], "--methods: no method 'coconut'; there are zero-shot-cot"),
-    (["eval", "--methods", "softcot"], "--methods softcot needs --projection FILE"),
+    (["eval", "--methods", "softcot"], "softcot needs a projection, --projection FILE"),
     (["eval", "--methods", "lora"], "--methods lora needs --lora FOLDER"),
     (["eval", "--methods", "lora", "--lora", "/nowhere"], "no file /nowhere/adapter_model.safetensors"),
     (["eval", "--methods", "softcot", "--projection", "/nowhere/x"], "no file /nowhere/x"),
     (["eval", "--methods", "softcot", "--projection", "DATA"], "is no safetensors file, or damaged"),
     (["eval", "--thoughts", "1,x"], "--thoughts takes numbers from 0 on"),
-    (["eval", "--methods", "cot-unk", "--thoughts", "500"], "500 thoughts among them, and its context window is 512"),
+    (["eval", "--methods", "cot-unk", "--thoughts", "500"], "the context window 512 (of the question"),
     (["eval", "--num-samples", "3", "--temperature", "0"], "greedy answers are the same"),
     (["eval", "--seeds", "3"], "greedy answers are the same"),
     (["eval", "--temperature", "-1"], "--temperature must be at least 0"),
@@ -753,7 +753,7 @@ def test_a_projection_of_other_models_widths_or_methods_is_refused(projection, f
     assert f"not for {other} (width 32) and {llm}" in refused(llm, other, *softcot_of, file)
     assert trains(folders, data, tmp_path / "unk", method="cot-unk", epochs=1) == 0
     prompt = str(tmp_path / "unk" / "prompt.safetensors")
-    assert "holds cot-unk, not softcot" in refused(llm, assistant, *softcot_of, prompt)
+    assert "does not hold what `train --method softcot` makes" in refused(llm, assistant, *softcot_of, prompt)
     more = refused(llm, assistant, "--methods", "cot-unk", "--prompt", prompt, "--thoughts", "3")
     assert "was trained with 2: lower it" in more
     # The same weights in another dtype, from another folder, are the same models.
@@ -761,6 +761,49 @@ def test_a_projection_of_other_models_widths_or_methods_is_refused(projection, f
     for name in ("config.json", "tokenizer_config.json"):
         (moved / name).write_text((Path(llm) / name).read_text())
     assert evaluates([str(moved), assistant], data, *softcot_of, file, "--dtype", "bfloat16") == 0
+
+
+def test_only_files_that_are_for_use_are_used(projection, folder_of, data, tmp_path, capsys):
+    folders, file = projection
+    state, start = str(Path(file).parent / "state.safetensors"), ["--model", folders[0], "--assistant", folders[1], "--data", data]
+    assert "does not hold what `train --method softcot` makes" in said(["eval", *start, "--methods", "softcot", "--projection", state], capsys)
+    assert trains(folders, data, tmp_path / "lora", method="lora", epochs=1) == 0
+    # A file is that file, not another one of its folder.
+    model, _ = load(folders[0], "cpu", "float32")
+    here = softcot.identity(folders[0], model, "", None)
+    for path, name in ((tmp_path / "lora", "adapter_model.safetensors"), (tmp_path / "lora" / "last.safetensors", "last.safetensors")):
+        trained, scale, digest = softcot.read_adapter(path, model, here)
+        assert digest == softcot.digest(tmp_path / "lora" / name) and scale == 16
+        assert all(torch.equal(trained[k], x) for k, x in load_file(tmp_path / "lora" / name).items())
+    # Other weights of the same shapes.
+    llm = folder_of("qwen3", name="copied")
+    tensors = load_file(llm / "model.safetensors")
+    save_file({k: x + 0.01 for k, x in tensors.items()}, llm / "model.safetensors", {"format": "pt"})
+    error = said(["eval", "--model", str(llm), "--data", data, "--methods", "lora", "--lora", str(tmp_path / "lora")], capsys)
+    assert "adapter_model.safetensors was made for " in error
+
+
+def test_a_training_that_is_refused_or_finished_touches_nothing(pair, data, tmp_path, capsys, monkeypatch):
+    folders = pair()
+    for method in ("softcot", "lora"):
+        assert trains(folders, data, tmp_path / method, method=method, epochs=1) == 0
+    monkeypatch.setattr(softcot, "hidden_states", None)  # the assistant is not asked again
+    before = {path: path.read_bytes() for path in tmp_path.glob("*/*")}
+    for method in ("softcot", "lora"):
+        assert trains(folders, data, tmp_path / method, "--alpha", "64", method=method, epochs=1) == 2
+        assert "alpha is 32.0 there and 64.0 here" in capsys.readouterr().err
+        assert trains(folders, data, tmp_path / method, method=method, epochs=1) == 0
+        assert "this training is finished" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in tmp_path.glob("*/*")} == before
+
+
+def test_an_overlong_question_is_named_before_anything_is_answered(projection, tmp_path, capsys):
+    folders, file = projection
+    long = tmp_path / "long.jsonl"
+    long.write_text('{"question": "1+1?", "answer": "2"}\n' + json.dumps({"question": "count " + "x" * 600, "answer": "600"}) + "\n")
+    error = said(["eval", "--model", folders[0], "--assistant", folders[1], "--data", str(long), "--methods", "softcot",
+                  "--projection", file, "--device", "cpu", "--dtype", "float32"], capsys)
+    assert "of the question 'count xxx" in error and "the context window 512" in error
 
 
 def test_a_projection_of_another_prompt_version_is_used_with_a_warning(projection, data, monkeypatch, capsys):
