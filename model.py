@@ -185,8 +185,8 @@ class Int8Linear(nn.Module):
     """x [..., n] -> [..., m] from a weight in 8 bits, int8 [m, n], with one scale for each of its m rows.
 
     The scale is rounded first, and the weight then to its multiples, so that only the second rounding is an error: at most
-    half a scale, 1/254 of the largest weight of the row.  Decoding on a CPU multiplies the integers as they are; elsewhere
-    the weight is made again for each product, with one rounding more, unless a compiler fuses the two.
+    half a scale, 1/254 of the largest weight of the row.  Decoding on a CPU multiplies the integers as they are; elsewhere,
+    and where so many rows are decoded that it is faster, the weight is made again for each product, with one rounding more.
     """
 
     def __init__(self, linear: Linear):
@@ -198,7 +198,7 @@ class Int8Linear(nn.Module):
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu" and torch.is_inference_mode_enabled():
+        if x.device.type == "cpu" and torch.is_inference_mode_enabled() and x.numel() <= 24 * x.shape[-1]:
             y = torch._weight_int8pack_mm(x.reshape(-1, x.shape[-1]), self.weight, self.scale).view(*x.shape[:-1], -1)
             return y if self.bias is None else y + self.bias
         return F.linear(x, self.weight * self.scale[:, None], self.bias)
@@ -439,14 +439,15 @@ class KVCache:
         self.lengths[row] = T
 
     @staticmethod
-    def fitting(model: "Transformer", rows: int, positions: int) -> int:
-        """As many of the rows as fit in what is free with that many positions each, said on standard error if fewer.
-
-        UserError where not even one does.
+    def fitting(model: "Transformer", rows: int, prompt: int, new: int) -> int:
+        """As many of the rows as fit in what is free, each with a prompt and new tokens of at most these numbers; a line on
+        standard error if that is fewer.  UserError where not even one fits.
         """
         c, weight = model.config, model.embed.weight
         model.pack()  # takes memory, too
-        row = 2 * c.layers * c.kv_heads * c.head_dim * weight.itemsize * min(positions, c.context) * 3 // 2  # see `reserve`
+        prompt, positions = min(prompt, c.context), min(prompt + new, c.context)
+        # Capacity may be half as much again as is used (see `reserve`), and a prompt keeps what was made of it.
+        row = 2 * c.layers * c.kv_heads * c.head_dim * weight.itemsize * (positions * 3 // 2 + prompt)
         row += 32 * c.vocab_size  # float32 logits and what a method makes of them
         free = 0.9 * free_memory(weight.device)
         if (fit := min(rows, int(free / row) - 1)) < 1:  # one more, in which the next prompt is taken in
@@ -932,8 +933,8 @@ def check_tensors(files: list[Path], expected: dict[str, Tensor], tied: bool) ->
 
 def free_memory(device: torch.device) -> float:
     """Bytes that can be had on the device; infinite where the system does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "cuda":  # what PyTorch keeps for itself without using it is free, too
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     meminfo = Path("/proc/meminfo")
     return int(re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())[1]) * 1024 if meminfo.exists() else math.inf
 

@@ -408,10 +408,9 @@ def reason(model: Transformer, tokenizer: Tokenizer, questions: list[Question], 
         check_prompt(model.config, tokenizer.encode(build_prompt(tokenizer, question.message)), question.message)
     if not questions:
         return
-    # The longest sequence: k candidates in a verifier's prompt, or a generation.
     longest = max(len(tokenizer.encode(build_prompt(tokenizer, q.message))) for q in questions)
-    longest += settings.max_new_tokens * (settings.k + 1 if settings.method == "soft" else 1)
-    rows = KVCache.fitting(model, batch_size or min(16, len(questions) * settings.at_once), longest)
+    longest += settings.k * settings.max_new_tokens if settings.method == "soft" else 0  # the candidates, before the verifier
+    rows = KVCache.fitting(model, batch_size or min(16, len(questions) * settings.at_once), longest, settings.max_new_tokens)
     waiting, queue = deque(questions), deque()
     running: dict[int, list] = {}  # question index -> [search, outcomes so far, when it began]
     finished: list[tuple[int, dict]] = []

@@ -397,7 +397,7 @@ def think(model: Transformer, tokenizer: Tokenizer, questions: list[str], settin
 
     if not jobs:
         return
-    rows = KVCache.fitting(model, batch_size or min(16, len(jobs)), longest + settings.max_new_tokens)
+    rows = KVCache.fitting(model, batch_size or min(16, len(jobs)), longest, settings.max_new_tokens)
     method = SoftThinking(model, tokenizer, settings, rows, trace)
 
     def show() -> None:

@@ -569,8 +569,8 @@ class Trainer:
         if not math.isfinite(self.dev_loss):
             raise self.diverged(f"the held-out loss is {self.dev_loss} after step {self.step}")
         asked = self.dev[: s.dev_limit]
-        longest = max((self.sequences[i].prompt for i in asked), default=1) + s.max_new_tokens
-        slots = KVCache.fitting(self.model, max(1, min(16, len(asked))), longest)
+        longest = max((self.sequences[i].prompt for i in asked), default=1)
+        slots = KVCache.fitting(self.model, max(1, min(16, len(asked))), longest, s.max_new_tokens)
 
         def requests() -> Iterator[Request]:
             for i in asked:
@@ -705,7 +705,7 @@ def hints(way: Way, questions: list[str], rows: int) -> dict[str, str]:
     asked = {q: tokenizer.chat(INSTRUCTION.format(question=q), date_string="26 Jul 2024") for q in questions}
     for question, ids in asked.items():
         check_prompt(assistant.config, ids, question, "the assistant's")
-    rows = KVCache.fitting(assistant, rows, max(map(len, asked.values())) + way.n)
+    rows = KVCache.fitting(assistant, rows, max(map(len, asked.values())), way.n)
 
     def requests() -> Iterator[Request]:
         for question, ids in asked.items():
@@ -755,7 +755,7 @@ def answers(model: Transformer, tokenizer: Tokenizer, way: Way, jobs: list[tuple
             assistant, its = way.assistant
             check_prompt(assistant.config, assistant_ids(its, question, way.n), question, "the assistant's", "shorten it, or lower --thoughts")
         longest = max(longest, len(ids))
-    rows = KVCache.fitting(model, rows, longest + max_new_tokens)
+    rows = KVCache.fitting(model, rows, longest, max_new_tokens)
     open_jobs: dict[int, list] = {}  # index -> [when it began, text of the prompt, ids of each draw]
 
     def requests() -> Iterator[Request]:

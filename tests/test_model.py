@@ -116,15 +116,16 @@ def test_what_a_row_held_before_does_not_come_back(folder_of):
 def test_as_many_rows_as_fit_and_a_line_where_none_does(folder_of, monkeypatch, capsys):
     model, _ = load(str(folder_of("llama2")), "cpu", "float32")
     c = model.config
-    row = 2 * c.layers * c.kv_heads * c.head_dim * 4 * 50 * 3 // 2 + 32 * c.vocab_size
+    row = 2 * c.layers * c.kv_heads * c.head_dim * 4 * (75 + 20) + 32 * c.vocab_size
     for free, rows in ((100 * row, 8), (9 * row / 0.9 + 9, 8), (8 * row / 0.9 + 9, 7), (2 * row / 0.9 + 9, 1)):
         monkeypatch.setattr(M, "free_memory", lambda device, free=free: free)
-        assert KVCache.fitting(model, 8, 50) == rows
+        assert KVCache.fitting(model, 8, 20, 30) == rows
         assert capsys.readouterr().err.count("\n") == (rows < 8)
     monkeypatch.setattr(M, "free_memory", lambda device: 2 * row / 0.9 - 9)
     with pytest.raises(UserError, match="a sequence of 50 positions needs .* lower --max-new-tokens"):
-        KVCache.fitting(model, 8, 50)
-    assert KVCache.fitting(model, 1, 10) == 1
+        KVCache.fitting(model, 8, 20, 30)
+    assert KVCache.fitting(model, 1, 5, 5) == 1
+    assert KVCache.fitting(model, 1, 5, 10**9) == 1  # no longer than the context, which is 64 here
 
 
 def test_right_padding_and_later_positions_change_nothing_before(folder_of):
