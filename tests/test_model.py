@@ -125,6 +125,7 @@ def test_as_many_rows_as_fit_and_a_line_where_none_does(folder_of, monkeypatch, 
     with pytest.raises(UserError, match="a sequence of 50 positions needs .* lower --max-new-tokens"):
         KVCache.fitting(model, 8, 20, 30)
     assert KVCache.fitting(model, 1, 5, 5) == 1
+    monkeypatch.setattr(M, "free_memory", lambda device: 3 * row)
     assert KVCache.fitting(model, 1, 5, 10**9) == 1  # no longer than the context, which is 64 here
 
 
