@@ -321,13 +321,14 @@ class Transformer(nn.Module):
         x, rotation, B = embeds[:, None], self.rotation(*cache.advance(1)), len(embeds)
         if self.compiled is None:
             return self.one(x, *rotation, cache)
+        if B in self.compiled:
+            return self.one(x, *rotation, cache)
         for tensor, dim in ((cache.mask, 3), *((keys, 1) for keys in cache.keys + cache.values)):
             torch._dynamo.maybe_mark_dynamic(tensor, dim)  # compiled once for all lengths and capacities
         start = time.perf_counter()
         logits = self.one(x, *rotation, cache)
-        if B not in self.compiled:
-            self.compiled.add(B)
-            print(f"compiled the step for {B} sequences in {time.perf_counter() - start:.0f} s", file=sys.stderr)
+        self.compiled.add(B)
+        print(f"compiled the step for {B} sequences in {time.perf_counter() - start:.0f} s", file=sys.stderr)
         return logits
 
     def one(self, x: Tensor, cos: Tensor, sin: Tensor, cache: "KVCache") -> Tensor:
@@ -383,24 +384,30 @@ class KVCache:
         self.rows = torch.arange(rows, device=weight.device)[:, None]
         self.lengths = torch.zeros(rows, dtype=torch.long, device=weight.device)
         # Zeros, because what is masked is still multiplied (by 0), and 0 times an uninitialised NaN is NaN.
-        shape = (rows, self.rounded(capacity), c.kv_heads, c.head_dim)
+        shape = (rows, self.rounded(capacity, weight.device) + 1, c.kv_heads, c.head_dim)
         self.keys, self.values = ([torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in model.blocks]
                                   for _ in "kv")
         self.S, self.moves, self.mask, self.positions = 0, 0, None, None
 
-    def rounded(self, longest: int) -> int:
-        cpu = self.lengths.device.type == "cpu"
-        step = max(64 if cpu else 256, 1 << max(0, longest.bit_length() - (4 if cpu else 2)))  # 8 or 2 sizes per doubling
+    @staticmethod
+    def rounded(longest: int, device: torch.device) -> int:
+        """S: on a CPU eight sizes in each doubling, and multiples of 64; on CUDA four, and multiples of 256."""
+        least, parts = (64, 8) if device.type == "cpu" else (256, 4)
+        step = max(least, (1 << longest.bit_length()) // (2 * parts))
         return -(-longest // step) * step
 
     def reserve(self, longest: int) -> None:
-        """Have room for rows of up to that many positions."""
-        self.S, old = self.rounded(longest), self.keys[0].shape[1]
-        if self.S > old:
+        """Have room for rows of up to that many positions.
+
+        There always is a position more than is read: what attention reads never is a whole tensor, which a compiled step
+        would take for another case and compile again.
+        """
+        self.S = self.rounded(longest, self.lengths.device)
+        if self.S >= (old := self.keys[0].shape[1]):
             self.moves += 1
             for tensors in (self.keys, self.values):
                 for layer, x in enumerate(tensors):  # one after another, so that only one is there twice
-                    tensors[layer] = x.new_zeros(len(x), max(self.S, old * 3 // 2), *x.shape[2:])  # by half: copying costs little per token
+                    tensors[layer] = x.new_zeros(len(x), self.S + 1, *x.shape[2:])
                     tensors[layer][:, :old] = x
 
     def advance(self, T: int) -> tuple[Tensor, int]:
@@ -446,12 +453,12 @@ class KVCache:
         c, weight = model.config, model.embed.weight
         model.pack()  # takes memory, too
         prompt, positions = min(prompt, c.context), min(prompt + new, c.context)
-        # Capacity may be half as much again as is used (see `reserve`), and a prompt keeps what was made of it.
-        row = 2 * c.layers * c.kv_heads * c.head_dim * weight.itemsize * (positions * 3 // 2 + prompt)
+        position = 2 * c.layers * c.kv_heads * c.head_dim * weight.itemsize  # bytes of its keys and values
+        row = position * (KVCache.rounded(positions, weight.device) + prompt)  # a prompt keeps what was made of it
         row += 32 * c.vocab_size  # float32 logits and what a method makes of them
-        free = 0.9 * free_memory(weight.device)
-        if (fit := min(rows, int(free / row) - 1)) < 1:  # one more, in which the next prompt is taken in
-            raise UserError(f"a sequence of {positions} positions needs {2 * row / 1e9:.1f} GB for its keys and values, "
+        free = 0.9 * free_memory(weight.device) - position * prompt  # there is one more prompt: the one to come
+        if (fit := min(rows, int(free / row))) < 1:
+            raise UserError(f"a sequence of {positions} positions needs {row / 1e9:.1f} GB for its keys and values, "
                             f"{free / 1e9:.1f} GB are free on {weight.device}: lower --max-new-tokens")
         if fit < rows:
             print(f"{fit} instead of {rows} sequences side by side: each may need {row / 1e9:.2f} GB, {free / 1e9:.1f} GB are free",
@@ -585,16 +592,22 @@ class Graphs:
 
     def __init__(self, model: Transformer, step: Callable[[], None], cache: KVCache):
         self.model, self.step, self.cache, self.moves, self.graphs, self.tables = model, step, cache, cache.moves, {}, []
+        self.refused = False
 
     def __call__(self) -> None:
         if self.moves != self.cache.moves:  # a recording knows tensors by their addresses
             self.moves, self.graphs, self.tables = self.cache.moves, {}, []
         if graph := self.graphs.get(self.cache.S):
             graph.replay()
-        else:
-            self.step()  # this step, done at once; the recording, which does nothing yet, is for those to come
-            self.graphs[self.cache.S] = self.record()
-            self.tables.append((self.model.cos, self.model.sin))  # longer ones may replace them: a recording keeps to its own
+            return
+        self.step()  # this step, done at once; the recording, which does nothing yet, is for those to come
+        if not self.refused:
+            try:
+                self.graphs[self.cache.S] = self.record()
+                self.tables.append((self.model.cos, self.model.sin))  # longer ones may replace them: a recording keeps to its own
+            except RuntimeError as error:  # a driver or an operation that cannot: what has been done is done, and is right
+                self.refused = True
+                print(f"steps cannot be recorded here, and run one by one ({str(error).splitlines()[0]})", file=sys.stderr)
 
     def record(self) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()

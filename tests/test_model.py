@@ -1,6 +1,7 @@
 """model.py against golden tensors of transformers, hand-written expectations, and everything a user can get wrong."""
 
 import gc
+import itertools
 import json
 import os
 import shutil
@@ -97,8 +98,8 @@ def test_rows_of_very_different_lengths_share_a_cache_that_grows(folder_of):
         if t % 97 == 0 or t == 589:
             for row, T in enumerate(lengths):
                 assert close(hidden[row, 0], whole[row, T + t], 1e-4)
-    assert sizes == set(range(128, 705, 64))  # what attention reads is what is in use, not what there is
-    assert all(x.shape[1] >= 704 for x in cache.keys)
+    assert sizes == set(range(128, 705, 64))  # what attention reads is what is in use
+    assert all(x.shape[1] == 705 for x in cache.keys)
 
 
 def test_what_a_row_held_before_does_not_come_back(folder_of):
@@ -116,17 +117,23 @@ def test_what_a_row_held_before_does_not_come_back(folder_of):
 def test_as_many_rows_as_fit_and_a_line_where_none_does(folder_of, monkeypatch, capsys):
     model, _ = load(str(folder_of("llama2")), "cpu", "float32")
     c = model.config
-    row = 2 * c.layers * c.kv_heads * c.head_dim * 4 * (75 + 20) + 32 * c.vocab_size
-    for free, rows in ((100 * row, 8), (9 * row / 0.9 + 9, 8), (8 * row / 0.9 + 9, 7), (2 * row / 0.9 + 9, 1)):
-        monkeypatch.setattr(M, "free_memory", lambda device, free=free: free)
+    position = 2 * c.layers * c.kv_heads * c.head_dim * 4
+    row = position * (64 + 20) + 32 * c.vocab_size  # 50 positions take up 64
+    for rows_of_memory, rows in ((100, 8), (8.01, 8), (7.99, 7), (1.01, 1)):
+        monkeypatch.setattr(M, "free_memory", lambda device, n=rows_of_memory: (n * row + 20 * position) / 0.9)
         assert KVCache.fitting(model, 8, 20, 30) == rows
         assert capsys.readouterr().err.count("\n") == (rows < 8)
-    monkeypatch.setattr(M, "free_memory", lambda device: 2 * row / 0.9 - 9)
+    assert KVCache.fitting(model, 1, 20, 10**9) == 1  # no longer than the context, which is 64 here
+    monkeypatch.setattr(M, "free_memory", lambda device: (0.99 * row + 20 * position) / 0.9)
     with pytest.raises(UserError, match="a sequence of 50 positions needs .* lower --max-new-tokens"):
         KVCache.fitting(model, 8, 20, 30)
-    assert KVCache.fitting(model, 1, 5, 5) == 1
-    monkeypatch.setattr(M, "free_memory", lambda device: 3 * row)
-    assert KVCache.fitting(model, 1, 5, 10**9) == 1  # no longer than the context, which is 64 here
+
+
+@pytest.mark.parametrize("device, least", [("cpu", 64), ("cuda", 256)])
+def test_sizes_of_the_cache_are_few_and_close(device, least):
+    sizes = [KVCache.rounded(n, torch.device(device)) for n in range(1, 40000)]
+    assert all(n <= s <= max(least, n * (1.13 if device == "cpu" else 1.26)) + least for n, s in enumerate(sizes, 1))
+    assert all(s % least == 0 and s <= t for s, t in itertools.pairwise(sizes)) and len(set(sizes)) == {"cpu": 58, "cuda": 25}[device]
 
 
 def test_right_padding_and_later_positions_change_nothing_before(folder_of):
@@ -278,6 +285,20 @@ def test_steps_can_be_recorded_and_replayed(folder_of, monkeypatch):
 
 
 
+def test_where_steps_cannot_be_recorded_they_run_one_by_one(folder_of, monkeypatch, capsys):
+    model, _ = load(str(folder_of("llama3")), "cpu", "float32")
+    expected = run(model, 4)
+
+    def record(graphs):
+        raise RuntimeError("operation not permitted\nwhen stream is capturing")
+
+    monkeypatch.setattr(M, "RECORDED", {"cpu"})
+    monkeypatch.setattr(M.Graphs, "record", record)
+    found = run(model, 4)
+    assert found[0] == expected[0] and same_bits(found[1], expected[1])
+    assert capsys.readouterr().err == "steps cannot be recorded here, and run one by one (operation not permitted)\n"
+
+
 def test_a_recording_keeps_the_rotary_table_that_it_reads(monkeypatch):
     model = Transformer(Config.from_json(FAMILIES["llama3"]))
     cache, tables = SimpleNamespace(S=1000, moves=0), []
@@ -372,12 +393,24 @@ def test_packed_weights_multiply_as_the_weights_do_and_follow_their_changes(fami
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
 def test_a_compiled_step_is_the_step(folder_of, capsys):
-    folder = str(folder_of("qwen3"))
-    (plain, _), (compiled, _) = load(folder, "cpu", "float32"), load(folder, "cpu", "float32", compile=True)
-    (tokens, logits), (found, its) = run(plain, 4), run(compiled, 4)
-    assert found == tokens and all(close(its[i], logits[i], 1e-5) for i in logits)
-    assert capsys.readouterr().err.count("compiled the step for 4 sequences in ") == 1  # once for all lengths
-    assert same_bits(run(compiled, 4, [8, 2, 5, 0, 7, 1, 3, 6, 4])[1], its)
+    folder = folder_of("qwen3")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 512}))
+    (plain, _), (compiled, _) = load(str(folder), "cpu", "float32"), load(str(folder), "cpu", "float32", compile=True)
+    ids = torch.randint(0, 250, (300,), generator=torch.Generator().manual_seed(0))
+
+    def outs(model, order=(3, 60, 130, 300, 25)):
+        requests = [Request(Prompt(model.embed(ids[:n])), (n, 20)) for n in order]
+        return {n: (tokens, logits) for n, tokens, logits in decode(model, requests, Greedy(model, 3), 3)}
+
+    graphs = torch._dynamo.utils.counters["stats"]
+    before, expected, found = graphs["unique_graphs"], outs(plain), outs(compiled)
+    for n, (tokens, logits) in expected.items():
+        assert found[n][0] == tokens and close(found[n][1], logits, 1e-5)
+    again = outs(compiled, (25, 300, 60, 3, 130))
+    assert all(torch.equal(again[n][1], found[n][1]) for n in found)
+    assert graphs["unique_graphs"] == before + 1  # compiled once, for lengths of 64 to 320 and a cache that grew
+    assert capsys.readouterr().err.count("compiled the step for 3 sequences in ") == 1
 
 
 def test_without_a_compiler_there_is_a_line(folder_of):
