@@ -392,6 +392,7 @@ def test_packed_weights_multiply_as_the_weights_do_and_follow_their_changes(fami
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+@pytest.mark.skipif(torch.__version__.startswith("2.6"), reason="Inductor of torch 2.6 writes C++ that does not compile")
 def test_a_compiled_step_is_the_step(folder_of, capsys):
     folder = folder_of("qwen3")
     config = json.loads((folder / "config.json").read_text())
