@@ -591,27 +591,27 @@ class Graphs:
     one by one takes the host longer than running them takes the GPU."""
 
     def __init__(self, model: Transformer, step: Callable[[], None], cache: KVCache):
-        self.model, self.step, self.cache, self.moves, self.graphs, self.tables = model, step, cache, cache.moves, {}, []
+        self.model, self.step, self.cache, self.moves, self.graphs = model, step, cache, cache.moves, {}
         self.refused = False
 
     def __call__(self) -> None:
         if self.moves != self.cache.moves:  # a recording knows tensors by their addresses
-            self.moves, self.graphs, self.tables = self.cache.moves, {}, []
-        if graph := self.graphs.get(self.cache.S):
-            graph.replay()
+            self.moves, self.graphs = self.cache.moves, {}
+        if self.cache.S in self.graphs:
+            self.graphs[self.cache.S][0].replay()
             return
         self.step()  # this step, done at once; the recording, which does nothing yet, is for those to come
         if not self.refused:
             try:
-                self.graphs[self.cache.S] = self.record()
-                self.tables.append((self.model.cos, self.model.sin))  # longer ones may replace them: a recording keeps to its own
+                # With the rotary tables that it reads: longer ones may replace them in the model.
+                self.graphs[self.cache.S] = self.record(), self.model.cos, self.model.sin
             except RuntimeError as error:  # a driver or an operation that cannot: what has been done is done, and is right
                 self.refused = True
                 print(f"steps cannot be recorded here, and run one by one ({str(error).splitlines()[0]})", file=sys.stderr)
 
     def record(self) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=next(iter(self.graphs.values())).pool() if self.graphs else None):
+        with torch.cuda.graph(graph, pool=next(iter(self.graphs.values()))[0].pool() if self.graphs else None):
             self.step()
         return graph
 

@@ -219,7 +219,8 @@ class SoftThinking:
     an end-of-sequence token, which ends the row at any time.  The discrete baselines differ in one line.
     """
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, settings: Settings, rows: int, trace: bool = False):
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, settings: Settings, rows: int, trace: bool = False,
+                 watched: bool = False):
         self.model, self.settings, self.trace = model, settings, trace
         self.host = settings.noise == "dirichlet"  # drawn by NumPy
         device, N = model.embed.weight.device, min(settings.max_new_tokens, model.config.context)
@@ -247,9 +248,10 @@ class SoftThinking:
             self.g = per_row(N + 1, n, dtype=torch.float32)
         if trace:
             self.steps = (per_row(N + 1, dtype=torch.float32), per_row(N + 1, n), per_row(N + 1, n, dtype=torch.float32))
-        # What was fed last: live rows, their tokens, whether they thought them, components and probabilities.
+        # What was fed last, for somebody who watches: live rows, their tokens, whether they thought them, components, probabilities.
         width = n if settings.method == "soft" else 1
-        self.last = (per_row(dtype=torch.bool), per_row(), per_row(dtype=torch.bool), per_row(width), per_row(width, dtype=torch.float32))
+        self.shown = watched and (per_row(dtype=torch.bool), per_row(), per_row(dtype=torch.bool), per_row(width),
+                                  per_row(width, dtype=torch.float32))
 
     def begin(self, row: int, request: Request) -> None:
         s, N = self.settings, self.u.shape[1]
@@ -269,9 +271,10 @@ class SoftThinking:
         s = self.settings
         rows = torch.arange(len(logits), device=logits.device)
         t, thinking = self.t.clone(), self.thinking & live
-        kept_ids, kept, H = truncated(logits, s.temperature, s.top_k, s.top_p, s.min_p)
-        ids, ct = kept_ids[:, : s.max_topk], kept[:, : s.max_topk]
-        ct = ct / ct.sum(-1, keepdim=True)
+        if s.method != "greedy" or s.cold_stop or self.trace:  # argmax alone needs no distribution
+            kept_ids, kept, H = truncated(logits, s.temperature, s.top_k, s.top_p, s.min_p)
+            ids, ct = kept_ids[:, : s.max_topk], kept[:, : s.max_topk]
+            ct = ct / ct.sum(-1, keepdim=True)
         if s.noise == "gumbel":
             ct = torch.softmax((ct.log() + self.g[rows, t]) / s.gumbel_temperature, dim=-1)
         elif s.noise == "dirichlet":
@@ -294,10 +297,10 @@ class SoftThinking:
         by_itself = thinking & (matched == len(END)) & (self.forced == 0)
 
         # Cold Stop: after k sure steps feed </think> instead, token by token where the model has no single one.
-        calm = (self.calm + 1) * (H < s.cold_stop_entropy)
         forced = self.forced
         if s.cold_stop:
-            force = thinking & ~by_itself & ((calm >= s.cold_stop_steps) | (forced > 0))
+            self.calm.add_(1).mul_(H < s.cold_stop_entropy)
+            force = thinking & ~by_itself & ((self.calm >= s.cold_stop_steps) | (forced > 0))
             token = torch.where(force, self.marker[forced.clamp(max=len(self.marker) - 1)], token)
             forced, matched = forced + force, matched * ~force  # what the model would have said is not fed
         else:
@@ -317,12 +320,13 @@ class SoftThinking:
         if self.trace:
             for buffer, value in zip(self.steps, (H, ids, ct)):
                 buffer[rows, t] = value
-        for buffer, value in zip(self.last, (live, token, thinking, fed_ids, fed)):
-            buffer.copy_(value)
+        if self.shown:
+            for buffer, value in zip(self.shown, (live, token, thinking, fed_ids, fed)):
+                buffer.copy_(value)
         self.t += live
         self.thought += thinking
         self.thinking.copy_(torch.where(live, thinking & ~ended, self.thinking))
-        for buffer, value in ((self.calm, calm), (self.forced, forced), (self.matched, matched * (thinking & ~ended))):
+        for buffer, value in ((self.forced, forced), (self.matched, matched * (thinking & ~ended))):
             buffer.copy_(value)
         eos = (token[:, None] == self.eos).any(-1)
         return embeds, eos | (t + 1 >= self.limit)
@@ -398,11 +402,11 @@ def think(model: Transformer, tokenizer: Tokenizer, questions: list[str], settin
     if not jobs:
         return
     rows = KVCache.fitting(model, batch_size or min(16, len(jobs)), longest, settings.max_new_tokens)
-    method = SoftThinking(model, tokenizer, settings, rows, trace)
+    method = SoftThinking(model, tokenizer, settings, rows, trace, watch is not None)
 
     def show() -> None:
-        if method.last[0][0]:
-            watch(*(x[0] for x in method.last[1:]))
+        if method.shown[0][0]:
+            watch(*(x[0] for x in method.shown[1:]))
 
     for part in decode(model, requests(), method, rows, show if watch else None):
         job = part.pop("job")

@@ -50,6 +50,14 @@ def folder_of(tmp_path):
     return make
 
 
+@pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 class Recording(TorchDispatchMode):
     """What a CUDA graph is, on a CPU: the operations of a function with the very tensors they had, to be repeated on these.
 

@@ -64,13 +64,7 @@ GOLDEN = json.loads((Path(__file__).parent / "golden" / "gp.json").read_text())
 NAN, INF = float("nan"), float("inf")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Matrices this small are slower on two, and much slower where others work too."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")  # matrices this small are slower on two
 
 
 def tensor(values):

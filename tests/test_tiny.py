@@ -14,13 +14,7 @@ TINY = make.HERE
 WORDS = {"half": 2, "twice": 2, "third": 3, "three": 3, "quarter": 4, "four": 4, "fifth": 5, "five": 5}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Matrices this small are fastest on one core, and training sets it so."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")  # matrices this small are slower on two
 
 
 def rows(name):
