@@ -1,4 +1,4 @@
-"""Small models and tokenizers for the tests: golden checkpoints of every architecture, and a byte-level tokenizer."""
+"""Small models and tokenizers for the tests: golden checkpoints, and a byte-level tokenizer."""
 
 import json
 import shutil
@@ -9,6 +9,7 @@ import pytest
 import torch
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Core
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).parent.parent
@@ -16,28 +17,40 @@ GOLDEN = Path(__file__).parent / "golden"
 sys.path.insert(0, str(ROOT))
 
 import model
+from lab.steps import Recorder
 
-TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-            "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 
 def write_tokenizer(folder: Path, thinking: bool, template: str = TEMPLATE) -> None:
-    """Bytes as tokens 0..255, then special ones; with `thinking` also <think> and </think>.  272 tokens at most."""
+    """Bytes as tokens 0..255, then special ones; with `thinking` also <think> and </think>."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     core = Core(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     core.add_special_tokens(["<|im_start|>", "<|im_end|>"])  # 256, 257
     if thinking:
-        core.add_tokens([AddedToken("<think>", normalized=False), AddedToken("</think>", normalized=False)])  # 258, 259
+        core.add_tokens(
+            [AddedToken("<think>", normalized=False), AddedToken("</think>", normalized=False)]
+        )  # 258, 259
     core.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps(
-        {"bos_token": "<|im_start|>", "eos_token": {"content": "<|im_end|>"}, "chat_template": template}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(
+            {
+                "bos_token": "<|im_start|>",
+                "eos_token": {"content": "<|im_end|>"},
+                "chat_template": template,
+            }
+        )
+    )
 
 
 @pytest.fixture
 def folder_of(tmp_path):
-    """A copy, that a test may spoil, of a golden model with a tokenizer: folder_of("qwen2", thinking=True)."""
+    """A copy, for a test to spoil, of a golden model with a tokenizer: folder_of("qwen2")."""
 
     def make(family: str, thinking: bool = True, name: str | None = None) -> Path:
         folder = tmp_path / (name or family)
@@ -58,19 +71,34 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-class Recording(TorchDispatchMode):
-    """What a CUDA graph is, on a CPU: the operations of a function with the very tensors they had, to be repeated on these.
+class Unread(TorchFunctionMode):
+    """No value is read: on a CPU newer versions of PyTorch read one without an operation."""
 
-    As while a graph is captured, nothing is done (here: undone at the end), and what moves a value between host and device
-    fails: reading one, making a tensor of one.
+    READS = ("item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__")
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name = getattr(func, "__name__", "")
+        assert name not in self.READS, f"{name} waits for the device"
+        return func(*args, **kwargs or {})
+
+
+class Recording(TorchDispatchMode):
+    """What a CUDA graph is, on a CPU: a function's operations, to be repeated on the same tensors.
+
+    As while a graph is captured, nothing is done (here: undone at the end), and what moves a value
+    between host and device fails: reading one, making a tensor of one.
     """
 
-    WAIT = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.lift_fresh.default)
+    WAIT = (
+        torch.ops.aten._local_scalar_dense.default,
+        torch.ops.aten.nonzero.default,
+        torch.ops.aten.lift_fresh.default,
+    )
 
     def __init__(self, function):
         super().__init__()
         self.operations, self.before = [], []
-        with self:
+        with self, Unread():
             function()
         for x, was in reversed(self.before):
             x.copy_(was)
@@ -79,7 +107,9 @@ class Recording(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         assert func not in self.WAIT, f"{func} waits for the device"
-        assert func is not torch.ops.aten.where.self or all(x.ndim for x in args), "where with a number copies it to the device"
+        assert func is not torch.ops.aten.where.self or all(x.ndim for x in args), (
+            "where with a number copies it to the device"
+        )
         for argument, x in zip(func._schema.arguments, args):  # what it is about to overwrite
             if argument.alias_info and argument.alias_info.is_write:
                 self.before.append((x, x.clone()))
@@ -96,14 +126,40 @@ class Recording(TorchDispatchMode):
 
 
 def record_steps(monkeypatch):
-    """From now on `decode` runs on a CPU as it does on CUDA: from recordings, and noticing ends late.  A list of replays."""
+    """From now on models decode on a CPU as on CUDA: from recordings, and noticing ends late.
+
+    Returns the list of replays.
+    """
     replays = []
 
-    def replay(self):
-        replays.append(self)
-        Recording.replay(self)
+    class Replayed(Recording):
+        def replay(self):
+            replays.append(self)
+            super().replay()
 
-    monkeypatch.setattr(model, "RECORDED", {"cpu"})
-    monkeypatch.setitem(model.LATE, "cpu", 1)
-    monkeypatch.setattr(model.Graphs, "record", lambda graphs: type("Graph", (Recording,), {"replay": replay})(graphs.step))
+    class OnCpu(Recorder):
+        def capture(self):
+            return Replayed(self.step)
+
+    monkeypatch.setattr(model.Transformer, "recorder", OnCpu)
     return replays
+
+
+# ------------------------------------------------------------------------------ what tests share
+
+NATIVE = model.choose("cpu", None)[1] == torch.bfloat16
+BFLOAT16 = pytest.param(
+    "bfloat16", marks=pytest.mark.skipif(not NATIVE, reason="no bfloat16 instructions")
+)
+DTYPES = ["float32", BFLOAT16]
+
+
+def close(a, b, tolerance):
+    return ((a - b).norm() / b.norm()).item() < tolerance
+
+
+def edit(folder: Path, **changes):
+    """Changes config.json; "DELETE" takes a value out."""
+    config = json.loads((folder / "config.json").read_text())
+    config = {k: v for k, v in (config | changes).items() if v != "DELETE"}
+    (folder / "config.json").write_text(json.dumps(config))

@@ -1,4 +1,4 @@
-"""bench.py: it runs, counts bytes as by hand, and says what is wrong in one line."""
+"""lab.bench: it runs, counts bytes as by hand, and says what is wrong in one line."""
 
 import json
 import subprocess
@@ -7,35 +7,77 @@ import sys
 import pytest
 from conftest import ROOT
 
+from lab import bench as program
+from lab import bench_training, tasks
+from model import UserError
+
 
 def bench(*arguments):
-    return subprocess.run([sys.executable, ROOT / "bench.py", *arguments], check=False, capture_output=True, text=True, cwd=ROOT)
+    return subprocess.run(
+        [sys.executable, "-m", "lab.bench", *arguments],
+        check=False,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
 
 
 def test_the_bundled_model_is_measured(tmp_path):
-    ran = bench("--model", "tiny/base", "--device", "cpu", "--dtype", "float32", "--batch", "1", "3", "--prompt", "20", "--tokens", "8",
-                "--repeats", "1", "--quantize", "int8", "--json", str(tmp_path / "bench.json"))
+    file = tmp_path / "bench.json"
+    options = "--model tiny/base --device cpu --dtype float32 --batch 1 3 --prompt 20 --tokens 8"
+    options += " --repeats 1 --quantize int8 --assistant tiny/assistant"
+    ran = bench(*options.split(), "--json", str(file))
     assert ran.returncode == 0, ran.stderr
     c = json.loads((ROOT / "tiny" / "base" / "config.json").read_text())
-    d, h, layers, ffn, V = c["hidden_size"], c["head_dim"], c["num_hidden_layers"], c["intermediate_size"], c["vocab_size"]
-    qkv = (c["num_attention_heads"] + 2 * c["num_key_value_heads"]) * h
-    matrices = [(qkv, d), (d, c["num_attention_heads"] * h), (2 * ffn, d), (d, ffn)] * layers + [(V, d)]
-    weights = sum(m * n + 4 * m for m, n in matrices)  # a byte for each weight, a float32 scale for each row
-    found = json.loads((tmp_path / "bench.json").read_text())
+    d, h, layers, V = c["hidden_size"], c["head_dim"], c["num_hidden_layers"], c["vocab_size"]
+    ffn, heads, kv_heads = (
+        c[name] for name in ("intermediate_size", "num_attention_heads", "num_key_value_heads")
+    )
+    qkv = (heads + 2 * kv_heads) * h
+    matrices = [(qkv, d), (d, heads * h), (2 * ffn, d), (d, ffn)] * layers + [(V, d)]
+    # A byte for each weight, a float32 scale for each row.
+    weights = sum(m * n + 4 * m for m, n in matrices)
+    found = json.loads(file.read_text())
     for result in found["results"]:
-        keys_and_values = result["batch"] * (20 + 8 // 2) * layers * 2 * c["num_key_value_heads"] * h * 4
-        assert result["bytes_per_step"] == weights + keys_and_values and result["seconds_per_step"][0] > 0
-    assert [(r["batch"], r["method"]) for r in found["results"]] == [(b, m) for b in (1, 3) for m in ("greedy", "concept tokens")]
-    assert "| 3 | concept tokens | " in ran.stdout and "five candidates of one prompt" in ran.stdout and "perplexity" in found["int8"]
+        keys_and_values = result["batch"] * (20 + 8 // 2) * layers * 2 * kv_heads * h * 4
+        assert result["bytes_per_step"] == weights + keys_and_values
+        assert result["seconds_per_step"][0] > 0
+    assert [(r["batch"], r["method"]) for r in found["results"]] == [
+        (b, m) for b in (1, 3) for m in ("greedy", "concept tokens")
+    ]
+    assert "| 3 | concept tokens | " in ran.stdout
+    assert "five candidates of one prompt" in ran.stdout and "perplexity" in found["int8"]
+    assert "SoftCoT training step of tiny/base" in ran.stdout and "| ours | " in ran.stdout
 
 
-@pytest.mark.parametrize("arguments, expected", [
-    ([], "nothing to measure: pass --model NAME"),
-    (["--model", "tiny/base", "--against", "vllm"], "no peer 'vllm' here; there is transformers, llama.cpp"),
-    (["--gp", "--against", "transformers"], "no peer 'transformers' here; there is botorch"),
-    (["--model", "tiny/base", "--tokens", "2"], "--tokens must be at least 8, not 2"),
-    (["--model", "tiny/base", "--quantize", "int4"], "invalid choice: 'int4'"),
-])
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        ([], "nothing to measure: pass --model NAME"),
+        (
+            ["--model", "tiny/base", "--against", "vllm"],
+            "no peer 'vllm' here; there is transformers, llama.cpp",
+        ),
+        (["--gp", "--against", "transformers"], "no peer 'transformers' here; there is botorch"),
+        (["--model", "tiny/base", "--tokens", "2"], "--tokens must be at least 8, not 2"),
+        (["--model", "tiny/base", "--quantize", "int4"], "invalid choice: 'int4'"),
+        (["--model", "smolm2-135m"], "unknown model smolm2-135m: nearest aliases are smollm2-135m"),
+        (["--model", "tiny/base", "--prompt", "9999"], "the prompt has 10047 tokens"),
+    ],
+)
 def test_mistakes_are_one_line(arguments, expected):
     ran = bench(*arguments)
     assert ran.returncode == 2 and ran.stderr.count("\n") == 1 and expected in ran.stderr
+
+
+def test_a_mistake_that_the_tasks_find_is_one_line(monkeypatch, capsys):
+    def load(*_, **__):
+        raise UserError("cannot read train.jsonl: check the path")
+
+    monkeypatch.setattr(program, "bench_decoding", lambda args: ([], {}))
+    assert bench_training.tasks is tasks
+    monkeypatch.setattr(tasks, "load", load)
+    options = ["--model", "tiny/base", "--assistant", "tiny/assistant"]
+    assert program.command([*options, "--device", "cpu"]) == 2
+    said = capsys.readouterr()
+    assert said.err == "lab.bench: cannot read train.jsonl: check the path\n" and not said.out

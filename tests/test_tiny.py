@@ -1,4 +1,5 @@
 """The bundled model: its problems, its files, its answers."""
+
 import json
 import random
 import re
@@ -11,7 +12,16 @@ from model import Tokenizer, load
 from tiny import make
 
 TINY = make.HERE
-WORDS = {"half": 2, "twice": 2, "third": 3, "three": 3, "quarter": 4, "four": 4, "fifth": 5, "five": 5}
+WORDS = {
+    "half": 2,
+    "twice": 2,
+    "third": 3,
+    "three": 3,
+    "quarter": 4,
+    "four": 4,
+    "fifth": 5,
+    "five": 5,
+}
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # matrices this small are slower on two
@@ -29,7 +39,9 @@ def stream(n, seed=1, taken=frozenset()):
 
 def check_reasoning(question, equations, answer):
     """Every equation holds, and its numbers come from the question or from equations before it."""
-    known = {int(n) for n in re.findall(r"\d+", question)} | {v for w, v in WORDS.items() if w in question}
+    known = {int(n) for n in re.findall(r"\d+", question)} | {
+        v for w, v in WORDS.items() if w in question
+    }
     assert 2 <= len(equations) <= 6
     for equation in equations:
         a, sign, b, value = re.fullmatch(r"(\d+)([-+*/])(\d+)=(\d+)", equation).groups()
@@ -82,28 +94,53 @@ def test_training_never_sees_a_test_problem():
 
 
 def test_the_folder_is_complete_and_small():
-    files = ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+    files = [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
     expected = {"make.py", "README.md", "test.jsonl", "train.jsonl"}
     expected |= {f"{model}/{file}" for model in ("base", "assistant") for file in files}
-    found = {str(p.relative_to(TINY)): p.stat().st_size for p in TINY.rglob("*")
-             if p.is_file() and "__pycache__" not in p.parts}
+    found = {
+        str(p.relative_to(TINY)): p.stat().st_size
+        for p in TINY.rglob("*")
+        if p.is_file() and "__pycache__" not in p.parts
+    }
     assert expected <= set(found)
     assert sum(found.values()) < 8_000_000
 
 
-@pytest.mark.parametrize("name, markers, opening", [
-    ("base", ["<|im_start|>", "<|im_end|>", "<think>", "</think>", "[UNK]"], "<|im_start|>assistant\n<think>"),
-    ("assistant", ["<|begin|>", "<|user|>", "<|assistant|>", "<|end|>", "[UNK]"], "<|assistant|>")])
+@pytest.mark.parametrize(
+    "name, markers, opening",
+    [
+        (
+            "base",
+            ["<|im_start|>", "<|im_end|>", "<think>", "</think>", "[UNK]"],
+            "<|im_start|>assistant\n<think>",
+        ),
+        (
+            "assistant",
+            ["<|begin|>", "<|user|>", "<|assistant|>", "<|end|>", "[UNK]"],
+            "<|assistant|>",
+        ),
+    ],
+)
 def test_tokenizers(name, markers, opening):
     tokenizer = Tokenizer(TINY / name)
     for marker in markers:
         assert len(tokenizer.encode(marker)) == 1
     assert len(tokenizer.encode("[UNK]" * 7)) == 7
     assert len(tokenizer.encode("1234567890")) == 10
-    for text in ("Anna has 14 apples.\nTwo  spaces, tab\t, ümlaut, 數, 🙂", "14+9=23. </think>The answer is 23."):
+    for text in (
+        "Anna has 14 apples.\nTwo  spaces, tab\t, ümlaut, 數, 🙂",
+        "14+9=23. </think>The answer is 23.",
+    ):
         assert tokenizer.decode(tokenizer.encode(text)) == text
-    assert tokenizer.render("Hello").endswith("Hello" + markers[1 if name == "base" else 3]
-                                              + ("\n" if name == "base" else "") + opening)
+    assert tokenizer.render("Hello").endswith(
+        "Hello" + markers[1 if name == "base" else 3] + ("\n" if name == "base" else "") + opening
+    )
     vocabulary = json.loads((TINY / name / "config.json").read_text())["vocab_size"]
     assert tokenizer.core.get_vocab_size() == vocabulary
 
@@ -111,7 +148,9 @@ def test_tokenizers(name, markers, opening):
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="tiny/make.py needs torch 2.9")
 def test_same_seed_same_weights():
     tokenizer = Tokenizer(TINY / "assistant")
-    first, second, other = (make.train(make.ASSISTANT, tokenizer, 3, seed, frozenset(), "cpu") for seed in (0, 0, 1))
+    first, second, other = (
+        make.train(make.ASSISTANT, tokenizer, 3, seed, frozenset(), "cpu") for seed in (0, 0, 1)
+    )
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters()))
     assert not torch.equal(first.embed.weight, other.embed.weight)
 
@@ -119,7 +158,11 @@ def test_same_seed_same_weights():
 def test_the_model_answers():
     model, tokenizer = load(str(TINY / "base"), device="cpu")
     problems = rows("test.jsonl")[::12]  # 25, of every length
-    responses = make.generate(model, tokenizer, [make.question_prompt(p["question"]) for p in problems])
+    responses = make.generate(
+        model, tokenizer, [make.question_prompt(p["question"]) for p in problems]
+    )
     assert all(response.count("</think>") == 1 for response in responses)
-    right = sum(make.answer_of(response) == int(p["answer"]) for response, p in zip(responses, problems))
+    right = sum(
+        make.answer_of(response) == int(p["answer"]) for response, p in zip(responses, problems)
+    )
     assert right >= 0.4 * len(problems)

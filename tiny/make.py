@@ -2,10 +2,12 @@
 
     python tiny/make.py                 # everything in this folder, on a CPU in under two hours
 
-Top to bottom: the stories and their exclusion keys, the prompts, the tokenizers, the models, the training, the
-decoding, the measuring. Same seed and same device give the same weights: every random choice comes from a seeded
-generator, and training stops after a number of steps, never after a time.
+Top to bottom: the stories and their exclusion keys, the prompts, the tokenizers, the models, the
+training, the decoding, the measuring. Same seed and same device give the same weights: every random
+choice comes from a seeded generator, and training stops after a number of steps, never after a
+time.
 """
+
 import argparse
 import copy
 import json
@@ -28,27 +30,20 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from model import (
-    Config,
-    Prompt,
-    Request,
-    Tokenizer,
-    Transformer,
-    decode,
-    hf_tensors,
-    load,
-)
+from lab import fast
+from model import Config, Prompt, Request, Tokenizer, Transformer, decode
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Problems. A story follows one number, x, from sentence to sentence. It is generated together with its program: a list
-# of (target, a, sign, b), where a and b are numbers or the names "x" and "t" (t: a value needed on the way to x).
+# ----------------------------------------------------------------------------------------- problems
+# A story follows one number, x, from sentence to sentence. It is generated together with its
+# program: a list of (target, a, sign, b), where a and b are numbers or the names "x" and "t" (t: a
+# value needed on the way to x).
 
-MOST = 800           # no value in any solution is larger
+MOST = 800  # no value in any solution is larger
 
 WOMEN = ["Anna", "Beth", "Clara", "Diana", "Emma", "Fiona", "Grace", "Helen"]
 MEN = ["Adam", "Ben", "Carl", "David", "Eric", "Frank", "George", "Henry"]
-ITEMS = ["apples", "balls", "beads", "books", "buttons", "cards", "coins", "cookies", "eggs", "flowers", "marbles",
-         "pears", "pencils", "shells", "stamps", "stones"]
+ITEMS = ["apples", "balls", "beads", "books", "buttons", "cards", "coins", "cookies", "eggs"]
+ITEMS += ["flowers", "marbles", "pears", "pencils", "shells", "stamps", "stones"]
 PACKS = ["bags", "boxes", "packs", "jars"]
 TIMES = {2: "twice", 3: "three times", 4: "four times", 5: "five times"}
 PARTS = {2: "half", 3: "a third", 4: "a quarter", 5: "a fifth"}
@@ -61,46 +56,109 @@ OPENINGS = [
     "In the morning {name} counts {x} {items}.",
 ]
 
-# kind of step -> (wordings, program). Placeholders: {he} is the name or the pronoun, {a} and {b} are numbers.
+# Kind of step -> (wordings, program). {he} is the name or the pronoun, {a} and {b} are numbers.
 STEPS = {
-    "gain": (["{he} buys {a} more {items}.", "{friend} gives {name} {a} {items}.", "Then {he} finds {a} {items}.",
-              "{a} more {items} arrive by mail.", "{he} wins {a} {items} in a game."],
-             [("x", "x", "+", "a")]),
-    "lose": (["{he} gives {a} {items} to {friend}.", "Then {he} loses {a} {items}.", "{he} sells {a} of the {items}.",
-              "{friend} borrows {a} {items} from {name}.", "{a} {items} break and are thrown away."],
-             [("x", "x", "-", "a")]),
-    "times": (["By summer {he} has {times} as many.", "The next day there are {times} as many {items}.",
-               "After a lucky week {he} owns {times} as many {items}."],
-              [("x", "x", "*", "a")]),
-    "share": (["{he} splits them evenly into {a} piles and keeps one pile.",
-               "{he} keeps only {part} of the {items}.",
-               "The {items} are shared equally by {a} people, {name} being one of them."],
-              [("x", "x", "/", "a")]),
-    "packs": (["{he} buys {a} {packs} with {b} {items} each.", "{friend} brings {a} {packs} of {b} {items}.",
-               "Then {he} gets {b} {items} from each of {a} friends."],
-              [("t", "a", "*", "b"), ("x", "x", "+", "t")]),
-    "treat": (["{he} gives {b} {items} to each of {a} friends.", "{a} children take {b} {items} each.",
-               "Then {he} fills {a} {packs} with {b} {items} each and sells them."],
-              [("t", "a", "*", "b"), ("x", "x", "-", "t")]),
-    "join": (["{friend} has {a} {items} more than that, and they put all their {items} together.",
-              "{friend}, who owns {a} more {items} than {name}, adds them all to the heap."],
-             [("t", "x", "+", "a"), ("x", "x", "+", "t")]),
-    "part": (["{he} gives {part} of the {items} to {friend}.", "Then {part} of the {items} get lost.",
-              "{friend} takes {part} of them."],
-             [("t", "x", "/", "a"), ("x", "x", "-", "t")]),
+    "gain": (
+        [
+            "{he} buys {a} more {items}.",
+            "{friend} gives {name} {a} {items}.",
+            "Then {he} finds {a} {items}.",
+            "{a} more {items} arrive by mail.",
+            "{he} wins {a} {items} in a game.",
+        ],
+        [("x", "x", "+", "a")],
+    ),
+    "lose": (
+        [
+            "{he} gives {a} {items} to {friend}.",
+            "Then {he} loses {a} {items}.",
+            "{he} sells {a} of the {items}.",
+            "{friend} borrows {a} {items} from {name}.",
+            "{a} {items} break and are thrown away.",
+        ],
+        [("x", "x", "-", "a")],
+    ),
+    "times": (
+        [
+            "By summer {he} has {times} as many.",
+            "The next day there are {times} as many {items}.",
+            "After a lucky week {he} owns {times} as many {items}.",
+        ],
+        [("x", "x", "*", "a")],
+    ),
+    "share": (
+        [
+            "{he} splits them evenly into {a} piles and keeps one pile.",
+            "{he} keeps only {part} of the {items}.",
+            "The {items} are shared equally by {a} people, {name} being one of them.",
+        ],
+        [("x", "x", "/", "a")],
+    ),
+    "packs": (
+        [
+            "{he} buys {a} {packs} with {b} {items} each.",
+            "{friend} brings {a} {packs} of {b} {items}.",
+            "Then {he} gets {b} {items} from each of {a} friends.",
+        ],
+        [("t", "a", "*", "b"), ("x", "x", "+", "t")],
+    ),
+    "treat": (
+        [
+            "{he} gives {b} {items} to each of {a} friends.",
+            "{a} children take {b} {items} each.",
+            "Then {he} fills {a} {packs} with {b} {items} each and sells them.",
+        ],
+        [("t", "a", "*", "b"), ("x", "x", "-", "t")],
+    ),
+    "join": (
+        [
+            "{friend} has {a} {items} more than that, and they put all their {items} together.",
+            "{friend}, who owns {a} more {items} than {name}, adds them all to the heap.",
+        ],
+        [("t", "x", "+", "a"), ("x", "x", "+", "t")],
+    ),
+    "part": (
+        [
+            "{he} gives {part} of the {items} to {friend}.",
+            "Then {part} of the {items} get lost.",
+            "{friend} takes {part} of them.",
+        ],
+        [("t", "x", "/", "a"), ("x", "x", "-", "t")],
+    ),
 }
 QUESTIONS = {
-    "total": (["How many {items} does {name} have now?", "How many {items} are there at the end?",
-               "How many {items} are left?"], []),
-    "money": (["Each one is sold for {a} dollars. How many dollars is that?",
-               "How many dollars are they worth at {a} dollars each?"], [("x", "x", "*", "a")]),
-    "goal": (["{he} wants {a} {items}. How many are missing?", "How many more {items} are needed to reach {a}?"],
-             [("x", "a", "-", "x")]),
+    "total": (
+        [
+            "How many {items} does {name} have now?",
+            "How many {items} are there at the end?",
+            "How many {items} are left?",
+        ],
+        [],
+    ),
+    "money": (
+        [
+            "Each one is sold for {a} dollars. How many dollars is that?",
+            "How many dollars are they worth at {a} dollars each?",
+        ],
+        [("x", "x", "*", "a")],
+    ),
+    "goal": (
+        [
+            "{he} wants {a} {items}. How many are missing?",
+            "How many more {items} are needed to reach {a}?",
+        ],
+        [("x", "a", "-", "x")],
+    ),
 }
 DISTRACTORS = [
-    "{friend} is {d} years old.", "It is {d} degrees outside.", "{he} also has {d} {others}.",
-    "{friend} has {d} {others}.", "The walk home takes {d} minutes.", "There are {d} chairs in the room.",
-    "{d} {others} lie on the table.", "The bus number is {d}.",
+    "{friend} is {d} years old.",
+    "It is {d} degrees outside.",
+    "{he} also has {d} {others}.",
+    "{friend} has {d} {others}.",
+    "The walk home takes {d} minutes.",
+    "There are {d} chairs in the room.",
+    "{d} {others} lie on the table.",
+    "The bus number is {d}.",
 ]
 
 
@@ -109,8 +167,8 @@ class Problem:
     question: str
     name: str
     start: int
-    program: list       # (target, a, sign, b)
-    spare: list         # numbers of the distractors: a wrong solution may use one
+    program: list  # (target, a, sign, b)
+    spare: list  # numbers of the distractors: a wrong solution may use one
 
     def work(self, program=None, slips=None):
         """-> (equations, answer). `slips`: index of an operation -> what its result is off by."""
@@ -119,7 +177,9 @@ class Problem:
             a, b = env.get(a, a), env.get(b, b)
             if sign == "/" and (b == 0 or a % b):
                 raise ValueError("not a whole number")
-            value = {"+": a + b, "-": a - b, "*": a * b, "/": a // max(b, 1)}[sign] + (slips or {}).get(i, 0)
+            value = {"+": a + b, "-": a - b, "*": a * b, "/": a // max(b, 1)}[sign] + (
+                slips or {}
+            ).get(i, 0)
             if not 0 <= value <= 999:
                 raise ValueError("out of range")
             equations.append(f"{a}{sign}{b}={value}")
@@ -128,8 +188,10 @@ class Problem:
 
     @property
     def key(self):
-        """Near duplicates share this: the numbers that the solution uses and the answer. Names, things, wordings,
-        distractors, and the order of the story play no part in it."""
+        """Near duplicates share this: the numbers that the solution uses and the answer.
+
+        Names, things, wordings, distractors, and the order of the story play no part in it.
+        """
         numbers = [v for _, a, _, b in self.program for v in (a, b) if isinstance(v, int)]
         return (*sorted([self.start, *numbers]), "->", self.work()[1])
 
@@ -173,18 +235,28 @@ def problem(rng, operations):
 
 def attempt(rng, operations):
     """As `problem`, or None when the numbers do not work out."""
-    name, friend, he = rng.choice(MEN), rng.choice(WOMEN), "he"  # a man and a woman: "he" and "she" are never in doubt
+    # A man and a woman: "he" and "she" are never in doubt.
+    name, friend, he = rng.choice(MEN), rng.choice(WOMEN), "he"
     if rng.random() < 0.5:
         name, friend, he = friend, name, "she"
     items, others = rng.sample(ITEMS, 2)
-    words = {"name": name, "friend": friend, "items": items, "others": others, "packs": rng.choice(PACKS)}
+    words = {
+        "name": name,
+        "friend": friend,
+        "items": items,
+        "others": others,
+        "packs": rng.choice(PACKS),
+    }
 
     def say(wordings, **more):
         text = rng.choice(wordings).format(**words, he=rng.choice([name, he]), **more)
         return text[0].upper() + text[1:]
 
     def bind(code, a, b):
-        return [(target, {"a": a}.get(p, p), sign, {"a": a, "b": b}.get(q, q)) for target, p, sign, q in code]
+        return [
+            (target, {"a": a}.get(p, p), sign, {"a": a, "b": b}.get(q, q))
+            for target, p, sign, q in code
+        ]
 
     start = x = rng.randint(10, 300)
     program, sentences = [], [say(OPENINGS, x=start)]
@@ -226,7 +298,10 @@ def fresh(rng, taken=frozenset()):
 
 
 def wrong(rng, p):
-    """-> (equations, answer) of a plausible wrong solution: a slip, a wrong sign, a step left out, a wrong number."""
+    """-> (equations, answer) of a plausible wrong solution.
+
+    A slip, a wrong sign, a step left out, or a wrong number.
+    """
     right = p.work()[1]
     while True:
         program, slips, i = list(p.program), {}, rng.randrange(len(p.program))
@@ -248,8 +323,9 @@ def wrong(rng, p):
             return equations, answer
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Prompts and reasoning. What is in a prompt here must be in it, letter for letter, wherever the model is used.
+# ---------------------------------------------------------------------------- prompts and reasoning
+# What is in a prompt here must be in it, letter for letter, wherever the model is used.
+
 
 def question_prompt(question):
     return question
@@ -276,12 +352,18 @@ def assistant_prompt(question, n=0):
     return "Note the steps.\n" + (placeholder_prompt(question, n) if n else question)
 
 
-BEGINNINGS = ["Start with {x}.", "{name} has {x}.", "First {x}.", "We begin with {x}.", "At the start {x}."]
+BEGINNINGS = [
+    "Start with {x}.",
+    "{name} has {x}.",
+    "First {x}.",
+    "We begin with {x}.",
+    "At the start {x}.",
+]
 LINKS = ["Then ", "Next ", "So ", "Now ", ""]
 
 
 def reasoning(rng, p, equations):
-    """Words carry no information here: they are there so that thoughts can be worded differently."""
+    """Words carry no information: they are there so that thoughts can be worded differently."""
     steps = [rng.choice(BEGINNINGS).format(x=p.start, name=p.name)]
     return " ".join(steps + [rng.choice(LINKS) + e + "." for e in equations])
 
@@ -291,7 +373,7 @@ def notes(equations, answer):
 
 
 def base_document(rng, taken, judge=True):
-    """-> (user message, response): one training document of the base, with or without judging among the forms."""
+    """-> (user message, response) to train the base on; judge: is judging one of the forms?"""
     p = fresh(rng, taken)
     equations, answer = p.work()
     think, form = reasoning(rng, p, equations), rng.random()
@@ -318,97 +400,157 @@ def assistant_document(rng, taken, judge=False):
     return assistant_prompt(p.question, rng.choice([0, 0, 0, rng.randint(1, 32)])), notes(*p.work())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The two models: what goes into their Hugging Face folders.
+# ----------------------------------------------------------------------------------- the two models
+# What goes into their Hugging Face folders.
+
 
 @dataclass
 class Kind:
-    document: object            # (rng, taken, judge) -> (user message, response)
-    config: dict                # config.json
-    special: list               # special tokens, the end of a turn first
-    plain: list                 # further tokens of their own: text to a reader, one token to the model
+    document: object  # (rng, taken, judge) -> (user message, response)
+    config: dict  # config.json
+    special: list  # special tokens, the end of a turn first
+    plain: list  # further tokens of their own: text to a reader, one token to the model
     template: str
 
 
-COMMON = {"hidden_act": "silu", "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
-          "tie_word_embeddings": True, "attention_bias": False, "torch_dtype": "bfloat16"}
+COMMON = {
+    "hidden_act": "silu",
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+    "attention_bias": False,
+    "torch_dtype": "bfloat16",
+}
 BASE = Kind(
     base_document,
-    {**COMMON, "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": 752, "hidden_size": 192,
-     "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 48,
-     "intermediate_size": 640},
-    ["<|im_end|>", "<|im_start|>"], ["<think>", "</think>", "[UNK]"],
+    {
+        **COMMON,
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "vocab_size": 752,
+        "hidden_size": 192,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 48,
+        "intermediate_size": 640,
+    },
+    ["<|im_end|>", "<|im_start|>"],
+    ["<think>", "</think>", "[UNK]"],
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>{% endif %}")
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>{% endif %}",
+)
 ASSISTANT = Kind(
     assistant_document,
-    {**COMMON, "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 640, "hidden_size": 96,
-     "num_hidden_layers": 3, "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 32,
-     "intermediate_size": 256, "mlp_bias": False},
-    ["<|end|>", "<|begin|>", "<|user|>", "<|assistant|>"], ["[UNK]"],
+    {
+        **COMMON,
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": 640,
+        "hidden_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+        "intermediate_size": 256,
+        "mlp_bias": False,
+    },
+    ["<|end|>", "<|begin|>", "<|user|>", "<|assistant|>"],
+    ["[UNK]"],
     "<|begin|>{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}")
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}",
+)
 
 
 def make_tokenizer(kind, seed, taken, folder):
-    """Byte-level BPE, trained on documents of this kind; every digit is a token of its own. Saved into the folder."""
+    """Byte-level BPE, trained on documents of this kind, saved into the folder.
+
+    Every digit is a token of its own.
+    """
     rng = random.Random(f"tokenizer {seed}")
     core = tokenizers.Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
     core.decoder = decoders.ByteLevel()
-    texts = [re.sub(r"\[UNK\]|</?think>", "", "\n".join(kind.document(rng, taken))) for _ in range(5000)]
-    core.train_from_iterator([*texts, *["user\nassistant\nsystem"] * 2000], trainers.BpeTrainer(
-        vocab_size=kind.config["vocab_size"] - len(kind.plain), special_tokens=kind.special, show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    texts = [
+        re.sub(r"\[UNK\]|</?think>", "", "\n".join(kind.document(rng, taken))) for _ in range(5000)
+    ]
+    core.train_from_iterator(
+        [*texts, *["user\nassistant\nsystem"] * 2000],
+        trainers.BpeTrainer(
+            vocab_size=kind.config["vocab_size"] - len(kind.plain),
+            special_tokens=kind.special,
+            show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
     core.add_tokens([AddedToken(token, normalized=False) for token in kind.plain])
     core.save(str(folder / "tokenizer.json"))
-    write_json(folder / "tokenizer_config.json", {
-        "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": kind.config["max_position_embeddings"],
-        "eos_token": kind.special[0], "pad_token": kind.special[0], "clean_up_tokenization_spaces": False,
-        "chat_template": kind.template})
+    write_json(
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": kind.config["max_position_embeddings"],
+            "eos_token": kind.special[0],
+            "pad_token": kind.special[0],
+            "clean_up_tokenization_spaces": False,
+            "chat_template": kind.template,
+        },
+    )
     return Tokenizer(folder)
 
 
 def save(kind, model, tokenizer, folder):
-    end, = tokenizer.encode(kind.special[0])
+    (end,) = tokenizer.encode(kind.special[0])
     write_json(folder / "config.json", {**kind.config, "eos_token_id": end})
     write_json(folder / "generation_config.json", {"eos_token_id": [end], "pad_token_id": end})
-    save_file({name: t.detach().to("cpu", torch.bfloat16).contiguous() for name, t in hf_tensors(model).items()},
-              folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {
+            name: t.detach().to("cpu", torch.bfloat16).contiguous()
+            for name, t in fast.hf_tensors(model).items()
+        },
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
 
 
 def write_json(path, what):
     path.write_text(json.dumps(what, indent=2) + "\n", encoding="utf-8")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training.
+# ----------------------------------------------------------------------------------------- training
 
-DOCUMENTS = 32      # per step
-PIECE = 2000        # tokens, padding included, that go through the model at once
-PEAK = 0.004        # learning rate
-WORKERS = 2         # threads that share a step's pieces
-JUDGE_FROM = 0.4    # part of the training after which judging comes in: its prompts are three times as long as others
+DOCUMENTS = 32  # per step
+PIECE = 2000  # tokens, padding included, that go through the model at once
+PEAK = 0.004  # learning rate
+WORKERS = 2  # threads that share a step's pieces
+JUDGE_FROM = 0.4  # part of the training after which judging, with its long prompts, comes in
 
 
 def make_model(kind, seed):
+    """A Transformer with fused matrices: Muon treats q, k, v as one matrix, and gate, up too."""
     torch.manual_seed(seed)
     model = Transformer(Config.from_json(kind.config))
-    for name, parameter in model.named_parameters():
-        if name == "embed.weight":
-            torch.nn.init.normal_(parameter, std=0.02)
-        elif parameter.ndim == 2:  # what writes to the residual stream starts small, the rest keeps variance
-            small = 0.2 if name.endswith(("o.weight", "down.weight")) else 1.0
-            torch.nn.init.normal_(parameter, std=small * parameter.shape[1] ** -0.5)
-    return model
+    torch.nn.init.normal_(model.embed.weight, std=0.02)
+    for block in model.layers:
+        fast.fuse(block)
+        a, m = block.self_attn, block.mlp
+        # What writes to the residual stream starts small, the rest keeps variance.
+        for linear, small in (a.qkv, 1.0), (a.o_proj, 0.2), (m.gate_up, 1.0), (m.down_proj, 0.2):
+            torch.nn.init.normal_(linear.weight, std=small * linear.in_features**-0.5)
+    return model.requires_grad_(True)
 
 
 def batches(kind, tokenizer, steps, rng, taken, device):
     """One list per step, of pieces: (ids [B, T], places of the predictions, their targets).
 
-    Only the response is learnt. Documents of similar length share a piece, so that little is padded; the model is
-    causal, so padding on the right needs no mask.
+    Only the response is learnt. Documents of similar length share a piece, so that little is
+    padded; the model is causal, so padding on the right needs no mask.
     """
     encode, end = tokenizer.encode, kind.special[0]
     for i in range(steps):
@@ -426,30 +568,45 @@ def batches(kind, tokenizer, steps, rng, taken, device):
             piece, rows = rows[:n], rows[n:]
             width = len(piece[-1][1])
             ids = torch.tensor([row + [0] * (width - len(row)) for _, row in piece])
-            places = [b * width + t for b, (start, row) in enumerate(piece) for t in range(start - 1, len(row) - 1)]
+            places = [
+                b * width + t
+                for b, (start, row) in enumerate(piece)
+                for t in range(start - 1, len(row) - 1)
+            ]
             places = torch.tensor(places)
             step.append((ids.to(device), places.to(device), ids.view(-1)[places + 1].to(device)))
         yield step
 
 
 def train(kind, tokenizer, steps, seed, taken, device):
-    """Train from scratch: Muon for the matrices of the blocks, AdamW for the rest; warm-up, plateau, decay to zero."""
+    """Train from scratch: Muon for the matrices of the blocks, AdamW for the rest.
+
+    The learning rate warms up, stays, and decays to zero.
+    """
     rng = random.Random(f"training {seed}")
     model = make_model(kind, seed).to(device)
-    # One thread per worker: the matrices are too small to be shared out among cores, and the weights that come out are
-    # the same on any number of cores. A replica has its own gradients, the parameters are the model's.
+    # One thread per worker: the matrices are too small to be shared out among cores, and what comes
+    # out is the same on any number of cores. A replica has its own gradients, the parameters are
+    # the model's.
     torch.set_num_threads(1)
     replicas = [model] + [copy.deepcopy(model) for _ in range(WORKERS - 1)]
     for replica in replicas[1:]:
         for mine, common in zip(replica.parameters(), model.parameters()):
             mine.data = common.data
-    matrices = [p for n, p in model.named_parameters() if n.startswith("blocks") and p.ndim == 2]
-    others = [p for n, p in model.named_parameters() if not (n.startswith("blocks") and p.ndim == 2)]
-    optimizers = [torch.optim.Muon(matrices, lr=PEAK, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
-                  torch.optim.AdamW(others, lr=PEAK, weight_decay=0.0, betas=(0.9, 0.98))]
+    named = list(model.named_parameters())
+    matrices = [p for name, p in named if name.startswith("layers") and p.ndim == 2]
+    others = [p for name, p in named if not name.startswith("layers") or p.ndim != 2]
+    optimizers = [
+        torch.optim.Muon(matrices, lr=PEAK, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=PEAK, weight_decay=0.0, betas=(0.9, 0.98)),
+    ]
 
-    # bfloat16 products only where the processor has instructions for them: elsewhere they are slower than float32.
-    half = device == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    # bfloat16 products only where the processor has instructions for them: else they are slower.
+    half = (
+        device == "cuda"
+        or torch.cpu._is_avx512_bf16_supported()
+        or torch.cpu._is_amx_tile_supported()
+    )
 
     def work(replica, pieces, labels):
         """Add the gradients of these pieces to the replica's; -> their share of the loss."""
@@ -483,49 +640,48 @@ def train(kind, tokenizer, steps, seed, taken, device):
             seen += sum(ids.numel() for ids, _, _ in pieces)
             mean = loss if mean is None else 0.98 * mean + 0.02 * loss
             if i % 100 == 0 or i == steps - 1:
-                print(f"{kind.config['model_type']} step {i}  loss {mean:.4f}  {seen / (time.time() - began):.0f} "
-                      f"tokens/s  {(time.time() - began) / 60:.1f} min", flush=True)
+                took = time.time() - began
+                print(
+                    f"{kind.config['model_type']} step {i}  loss {mean:.4f}  {seen / took:.0f} "
+                    f"tokens/s  {took / 60:.1f} min",
+                    flush=True,
+                )
     return model
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Decoding and measuring.
+# --------------------------------------------------------------------------- decoding and measuring
+
 
 class Plain:
-    """A method for model.decode: the next token is the most probable one, or (temperature > 0) a sample."""
+    """A method for model.decode: the most probable token, or (temperature > 0) a sample."""
 
-    host = True  # the tokens are kept in lists
+    host = True  # one generator draws for all rows, which no recording can repeat
 
-    def __init__(self, model, end, temperature, seed, most):
-        self.model, self.end_id, self.temperature, self.most = model, end, temperature, most
-        self.rows = {}  # row -> (number of the request, its tokens so far)
-        self.generator = torch.Generator(model.embed.weight.device).manual_seed(seed)
+    def __init__(self, model, temperature, seed):
+        self.model, self.temperature = model, temperature
+        self.generator = torch.Generator(model.device).manual_seed(seed)
 
     def begin(self, row, request):
-        self.rows[row] = request.data, []
+        pass
 
-    def step(self, logits, live):
+    def step(self, logits, at):
+        """logits [rows, V] -> token [rows], embeds [rows, d]."""
         if self.temperature:
             p = (logits / self.temperature).softmax(-1)
             token = torch.multinomial(p, 1, generator=self.generator)[:, 0]
         else:
             token = logits.argmax(-1)
-        for row in self.rows:
-            self.rows[row][1].append(int(token[row]))
-        full = [len(self.rows[row][1]) >= self.most if row in self.rows else False for row in range(len(token))]
-        return self.model.embed(token), (token == self.end_id) | torch.tensor(full, device=token.device)
-
-    def end(self, row):
-        return self.rows.pop(row)
+        return token, self.model.embed(token)
 
 
 def generate(model, tokenizer, messages, temperature=0.0, seed=0, most=160, rows=64):
     """One response per user message, in their order, without the end token."""
-    end, device = model.config.eos_ids[0], model.embed.weight.device
-    prompts = (model.embed(torch.tensor(tokenizer.chat(m), device=device)) for m in messages)
-    requests = (Request(Prompt(embeds), i) for i, embeds in enumerate(prompts))
-    done = dict(decode(model, requests, Plain(model, end, temperature, seed, most), rows))
-    return [tokenizer.decode([t for t in done[i] if t != end]) for i in range(len(messages))]
+    prompts = (model.embed(torch.tensor(tokenizer.chat(m), device=model.device)) for m in messages)
+    requests = (Request(Prompt(embeds), data=i) for i, embeds in enumerate(prompts))
+    outputs = decode(model, requests, Plain(model, temperature, seed), rows, most)
+    done = {output.request.data: output.ids for output in outputs}
+    eos = model.config.eos_ids
+    return [tokenizer.decode([t for t in done[i] if t not in eos]) for i in range(len(messages))]
 
 
 def answer_of(text):
@@ -548,8 +704,8 @@ def interval(right, n):
 
 def measure(folder, test, seed, device):
     """Print the accuracies of the saved models on the test problems."""
-    base, base_tokenizer = load(str(folder / "base"), device)
-    small, small_tokenizer = load(str(folder / "assistant"), device)
+    base, base_tokenizer = fast.load(str(folder / "base"), device)
+    small, small_tokenizer = fast.load(str(folder / "assistant"), device)
     questions, gold = [p.question for p in test], [p.work()[1] for p in test]
     rng = random.Random(seed)
 
@@ -566,30 +722,51 @@ def measure(folder, test, seed, device):
     report("greedy", greedy)
     for n in range(2, 7):
         report(f"  {n} operations", [v for v, p in zip(greedy, test) if len(p.program) == n])
-    samples = [ask([question_prompt(q) for q in questions], temperature=0.7, seed=seed + i) for i in range(5)]
+    samples = [
+        ask([question_prompt(q) for q in questions], temperature=0.7, seed=seed + i)
+        for i in range(5)
+    ]
     right = [verdicts(s) for s in samples]
     report("five samples at 0.7: each", [v for sample in right for v in sample])
     report("five samples at 0.7: at least one", [any(v) for v in zip(*right)])
     votes = [Counter(map(answer_of, s)).most_common(1)[0][0] for s in zip(*samples)]
     report("five samples at 0.7: majority", [v == answer for v, answer in zip(votes, gold)])
-    judged = verdicts(ask([judge_prompt(q, list(map(candidate, s))) for q, *s in zip(questions, *samples)]))
+    judged = verdicts(
+        ask([judge_prompt(q, list(map(candidate, s))) for q, *s in zip(questions, *samples)])
+    )
     report("judge, shown these five", judged)
-    report("  where at least one of them is right", [j for j, v in zip(judged, zip(*right)) if any(v)])
-    report("  where some are right and some wrong", [j for j, v in zip(judged, zip(*right)) if any(v) and not all(v)])
+    report(
+        "  where at least one of them is right", [j for j, v in zip(judged, zip(*right)) if any(v)]
+    )
+    report(
+        "  where some are right and some wrong",
+        [j for j, v in zip(judged, zip(*right)) if any(v) and not all(v)],
+    )
     for what, solve in (("right", Problem.work), ("wrong", lambda p: wrong(rng, p))):
-        report(f"hint: all of a {what} solution", verdicts(ask([hint_prompt(p.question, notes(*solve(p))) for p in test])))
+        report(
+            f"hint: all of a {what} solution",
+            verdicts(ask([hint_prompt(p.question, notes(*solve(p))) for p in test])),
+        )
     first = [notes(*p.work()) for p in test]
-    report("hint: first half of a right solution",
-           verdicts(ask([hint_prompt(q, h[: len(h) // 2]) for q, h in zip(questions, first)])))
+    report(
+        "hint: first half of a right solution",
+        verdicts(ask([hint_prompt(q, h[: len(h) // 2]) for q, h in zip(questions, first)])),
+    )
     for n in (4, 32):
-        report(f"{n} placeholder tokens", verdicts(ask([placeholder_prompt(q, n) for q in questions])))
+        report(
+            f"{n} placeholder tokens", verdicts(ask([placeholder_prompt(q, n) for q in questions]))
+        )
     said = generate(small, small_tokenizer, [assistant_prompt(q) for q in questions])
     report("assistant alone, greedy", verdicts(said))
     hints = [small_tokenizer.decode(small_tokenizer.encode(text)[:32]) for text in said]
-    report("hint: the assistant's first 32 tokens", verdicts(ask([hint_prompt(q, h) for q, h in zip(questions, hints)])))
+    report(
+        "hint: the assistant's first 32 tokens",
+        verdicts(ask([hint_prompt(q, h) for q, h in zip(questions, hints)])),
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------- everything
+
 
 def make_test(seed):
     """300 problems, 60 of each length, no two with the same key."""
@@ -616,14 +793,18 @@ def write_problems(path, problems, seed):
         for p in problems:
             equations, answer = p.work()
             steps = [step + "." for step in reasoning(rng, p, equations)[:-1].split(". ")]
-            file.write(json.dumps({"question": p.question, "answer": str(answer), "steps": steps}) + "\n")
+            file.write(
+                json.dumps({"question": p.question, "answer": str(answer), "steps": steps}) + "\n"
+            )
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=1150, help="training steps of the base")
-    parser.add_argument("--assistant-steps", type=int, default=900, help="training steps of the assistant")
+    parser.add_argument(
+        "--assistant-steps", type=int, default=900, help="training steps of the assistant"
+    )
     parser.add_argument("--out", type=Path, default=HERE, help="where the files go")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -632,7 +813,10 @@ def main():
     args.out.mkdir(parents=True, exist_ok=True)
     write_problems(args.out / "test.jsonl", test, args.seed)
     write_problems(args.out / "train.jsonl", make_train(args.seed, taken), args.seed)
-    for name, kind, steps in (("assistant", ASSISTANT, args.assistant_steps), ("base", BASE, args.steps)):
+    for name, kind, steps in (
+        ("assistant", ASSISTANT, args.assistant_steps),
+        ("base", BASE, args.steps),
+    ):
         folder = args.out / name
         folder.mkdir(exist_ok=True)
         tokenizer = make_tokenizer(kind, args.seed, taken, folder)

@@ -1,0 +1,266 @@
+"""Speed and memory: decoding beside the memory's limit, concept tokens beside greedy, and peers.
+
+    python -m lab.bench --model smollm2-135m --against transformers,llama.cpp --json bench.json
+    python -m lab.bench --model smollm2-135m --compile --against transformers,llama.cpp
+    python -m lab.bench --model smollm2-135m --quantize int8
+    python -m lab.bench --model smollm2-135m --assistant tiny/assistant --against transformers
+    python -m lab.bench --gp --against botorch
+    python -m lab.bench --regret --against botorch --repeats 20
+
+Decoding one sequence reads every weight once, so bytes read per step / memory bandwidth is the
+least time that a step can take; the bandwidth is measured in the same run. What is compared runs in
+turns, A B C A B C, because machines are noisy; printed are medians with least and most. Peers are
+optional and never needed by the project.
+"""
+
+import argparse
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import softcot
+from lab import bench_search, bench_training, checkpoint, cli, fast, files, peers, timing
+from lab.timing import Clock
+from model import Prompt, Request, Tokenizer, Transformer, UserError, check_prompt, decode
+from model import weight_paths
+from soft_reasoning import Generation, Perturbed
+from soft_thinking import Settings, SoftThinking
+
+SENTENCE = "The quick brown fox jumps over the lazy dog, and then it sleeps. "  # of the prompts
+
+# ---------------------------------------------------------------------------------- what is timed
+
+
+class Timed:
+    """decode's step, recorded or not, with a clock; a watch would wait for the device each time."""
+
+    def __init__(self, clock: Clock, recorder: Callable | None, *parts: Any):
+        """parts: what decode hands to a recorder, (model, step, cache, live)."""
+        self.clock, self.live = clock, parts[3]
+        self.step = recorder(*parts) if recorder else parts[1]
+        self.late = self.step.late if recorder else 0
+
+    def __call__(self) -> list[bool]:
+        self.clock()
+        return self.step() or self.live.tolist()
+
+
+def ours(
+    model: Transformer, tokenizer: Tokenizer, method: str, prompt: Tensor, batch: int, tokens: int
+) -> float:
+    """Seconds per decoding step of `batch` rows; prompt [T, d]."""
+    s, clock = Settings(method=method, max_new_tokens=tokens, cold_stop=False), Clock()
+    shared, recorder = Prompt(prompt), model.recorder
+    requests = [Request(shared, (0, row)) for row in range(batch)]
+    model.recorder = partial(Timed, clock, recorder)
+    for _ in decode(model, requests, SoftThinking(model, tokenizer, s, batch), batch, tokens, 1):
+        pass
+    model.recorder = recorder
+    return clock.per_step()
+
+
+def prefill(model: Transformer, prompt: Tensor) -> None:
+    whole = Prompt(torch.cat([prompt, prompt[:1]]))  # the last one is fed by the first step
+    while not whole.ready:
+        whole.prefill(model)
+
+
+def candidates(model: Transformer, prompt: Tensor, number: int, tokens: int) -> float:
+    """Seconds for that many Soft Reasoning candidates of one prompt: one prefill, one batch."""
+    shared, d = Prompt(prompt), model.config.d
+    wanted = [Generation(shared, offset=torch.randn(d)) for _ in range(number)]
+    requests = [Request(shared, data=(0, i, g)) for i, g in enumerate(wanted)]
+    outputs = decode(model, requests, Perturbed(model, number), number, tokens)
+    return timing.seconds(lambda: list(outputs), prompt.device)
+
+
+def loading(args: argparse.Namespace) -> tuple[Transformer, Tokenizer, str]:
+    """The model, and how fast it came, beside reading the same files: in the page cache, both."""
+    cli.load(args)
+    start = time.perf_counter()
+    model, tokenizer = cli.load(args)
+    timing.synchronise(model.device)
+    took = time.perf_counter() - start
+    paths, buffer = weight_paths(checkpoint.find_folder(args.model)), bytearray(1 << 26)
+    start = time.perf_counter()
+    for path in paths:
+        with open(path, "rb", buffering=0) as f:
+            while f.readinto(buffer):
+                pass
+    read, size = time.perf_counter() - start, sum(path.stat().st_size for path in paths) / 1e9
+    beside = f"{took / read:.2f} x the time of reading the files ({size / read:.2f} GB/s)"
+    said = f"loaded {size:.2f} GB in {took:.2f} s ({size / took:.2f} GB/s), {beside}"
+    return model, tokenizer, said
+
+
+@torch.inference_mode()
+def quality(model: Transformer, tokenizer: Tokenizer, exact: Transformer) -> str:
+    """What 8 bits cost: perplexity, and agreement of the greedy tokens.
+
+    On the text of README.md and tiny/README.md, in pieces of 512 tokens.
+    """
+    texts = [(cli.ROOT / name).read_text("utf-8") for name in ("README.md", "tiny/README.md")]
+    ids = torch.tensor(tokenizer.encode("\n".join(texts)), device=model.device)
+    loss, same, count = [0.0, 0.0], 0, 0
+    for piece in ids.split(512):
+        logits = [m.logits(m(m.embed(piece[None]))[0, :-1]) for m in (exact, model)]
+        lost = [F.cross_entropy(x, piece[1:], reduction="sum").item() for x in logits]
+        loss = [a + b for a, b in zip(loss, lost)]
+        same += (logits[0].argmax(-1) == logits[1].argmax(-1)).sum().item()
+        count += len(piece) - 1
+    without, with_ = (math.exp(x / count) for x in loss)
+    perplexity = f"perplexity {with_:.3f}, without it {without:.3f}"
+    agreement = f"greedy tokens agree at {same / count:.1%} of the positions"
+    return f"int8 on {count} tokens of the READMEs: {perplexity}; {agreement}"
+
+
+# --------------------------------------------------------------------------------------- decoding
+
+
+@torch.inference_mode()
+def bench_decoding(args: argparse.Namespace) -> tuple[list[str], dict]:
+    """Load, prefill and decode: lines of Markdown, and the numbers behind them."""
+    model, tokenizer, loaded = loading(args)
+    device, dtype, c = model.device, model.embed.weight.dtype, model.config
+    model.config = replace(c, eos_ids=())  # every row runs to its end
+    ids = (tokenizer.encode(SENTENCE) * args.prompt)[: args.prompt]
+    check_prompt(c, ids + [0] * args.tokens)
+    prompt = model.embed(torch.tensor(ids, device=device))
+    linear = [m for m in model.modules() if isinstance(m, (nn.Linear, fast.Int8Linear))]
+    weights = sum(x.nbytes for m in linear for x in m.state_dict().values())
+    contenders: dict[str, Callable[[int], float | None]] = {
+        name: lambda batch, m=m: ours(model, tokenizer, m, prompt, batch, args.tokens)
+        for name, m in (("greedy", "greedy"), ("concept tokens", "soft"))
+    }
+    compiling = []
+    for batch in args.batch:  # what the first run of a batch size pays for
+        first, again = (
+            timing.seconds(lambda b=batch: contenders["greedy"](b), device) for _ in range(2)
+        )
+        compiling.append(f"{first - again:.0f} s at batch {batch}")
+    for batch in args.batch:  # all our memory is in use once, before a peer takes some
+        contenders["concept tokens"](batch)
+    peak, limit = timing.peak_memory(device), timing.bandwidth(device)
+    exact, lost = model, ""
+    if args.quantize:  # the peers' weights are not in 8 bits
+        exact = fast.load(args.model, args.device, args.dtype)[0]
+        lost = quality(model, tokenizer, exact)
+    prefills, versions = {"ours": lambda: prefill(model, prompt)}, [f"torch {torch.__version__}"]
+    folder = checkpoint.find_folder(args.model)
+    for name in args.against:
+        if peer := peers.made(name, peers.PEERS[name], folder, exact, ids, args.tokens):
+            contenders[name], prefills[name] = peer.step, peer.prefill
+            versions.append(peer.version)
+    kind = str(dtype)[6:] + (", weights in int8" if args.quantize else "")
+    kind += ", compiled" if args.compile else ""
+    took = f"; compiling took {', '.join(compiling)}" if args.compile else ""
+    runs = f"{args.repeats} repetitions in turns"
+    header = [
+        f"{args.model}, {kind}, {timing.hardware(device)}; {', '.join(versions)}",
+        f"{loaded}; peak memory {peak:.2f} GB{took}",
+        f"memory reads {limit['read']:.1f} GB/s, copies {limit['copy']:.1f} GB/s",
+        f"prompt {args.prompt} tokens, {args.tokens} decoded, {runs}: median (least to most)",
+    ]
+    columns = ["batch", "method", "tokens/s", "ms per step", "MB per step"]
+    columns += ["share of read bandwidth", "time beside greedy"]
+    lines = [*header, "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    results = []
+    for batch in args.batch:
+        length = args.prompt + args.tokens // 2
+        read = weights + batch * length * c.layers * 2 * c.kv_heads * c.head_dim * dtype.itemsize
+        times = {name: [] for name in contenders}
+        for _ in range(args.repeats):
+            for name, contender in contenders.items():
+                times[name].append(contender(batch))
+        for name, t in times.items():
+            if None in t:
+                continue
+            step, share = statistics.median(t), read / statistics.median(t) / limit["read"] / 1e9
+            # Pair by pair, because the machine's speed drifts.
+            ratio = statistics.median(a / b for a, b in zip(t, times["greedy"]))
+            row = {"batch": batch, "method": name, "seconds_per_step": t, "bytes_per_step": read}
+            results.append(row | {"beside_greedy": ratio})
+            speed = f"{batch / step:.1f} ({batch / max(t):.1f} to {batch / min(t):.1f})"
+            cells = [f"{step * 1e3:.1f}", f"{read / 1e6:.0f}", f"{share:.0%}", f"{ratio:.3f}"]
+            lines.append(f"| {batch} | {name} | {speed} | {' | '.join(cells)} |")
+    took = timing.in_turns(prefills, args.repeats, device)
+    said = []
+    for name, t in took.items():
+        middle = statistics.median(t)
+        said.append(f"{name} {middle * 1e3:.0f} ms ({args.prompt / middle:.0f} tokens/s)")
+    rounds = range(args.repeats + 1)  # the first is for warming up
+    pairs = [[candidates(model, prompt, k, args.tokens) for k in (1, 5)] for _ in rounds]
+    five = statistics.median(b / a for a, b in pairs[1:])
+    one = "five candidates of one prompt in one batch take"
+    lines += ["", f"prefill of {args.prompt} tokens: {', '.join(said)}"]
+    lines += [f"Soft Reasoning: {one} {five:.2f} x the time of one", *([lost] if lost else [])]
+    numbers = {"header": header, "bandwidth": limit, "prefill": took, "five_candidates": five}
+    return lines, numbers | {"int8": lost, "results": results}
+
+
+# ---------------------------------------------------------------------------------- command line
+
+
+def read_arguments(arguments: list[str]) -> argparse.Namespace:
+    parser = cli.new_parser("lab.bench", __doc__.splitlines()[0])
+    add, switch = parser.add_argument, {"action": "store_true"}
+    add("--model", help="alias, Hugging Face id, or folder")
+    add("--assistant", help="a SoftCoT training step with this assistant, too")
+    add("--gp", **switch, help="the Gaussian process instead of a model: time")
+    add("--regret", **switch, help="the Gaussian process instead of a model: how well it searches")
+    which = "transformers, llama.cpp; with --gp and --regret botorch"
+    add("--against", default="", help=f"peers, with commas, where they are installed: {which}")
+    sizes = {"type": int, "nargs": "+", "default": [1, 5, 16, 64]}
+    add("--batch", **sizes, help="batch sizes (default: 1 5 16 64)")
+    for name, default, what in (
+        ("prompt", 128, "prompt length in tokens"),
+        ("tokens", 48, "tokens decoded per repetition"),
+        ("repeats", 5, "repetitions of each, in turns, or seeds"),
+    ):
+        add(f"--{name}", type=int, default=default, help=f"{what} (default: {default})")
+    cli.add_flags(parser, "device dtype quantize compile json", json={"help": "every number"})
+    return parser.parse_args(arguments)
+
+
+def command(arguments: list[str]) -> int:
+    args = read_arguments(arguments)
+
+    def body() -> None:
+        if not args.gp and not args.regret and not args.model:
+            raise UserError("nothing to measure: pass --model NAME, --gp, or --regret")
+        cli.at_least(args, prompt=1, tokens=8, repeats=1)
+        if min(args.batch) < 1:
+            raise UserError(f"--batch must be at least 1, not {min(args.batch)}")
+        if args.json and not Path(args.json).resolve().parent.is_dir():
+            raise UserError(f"cannot write {args.json}: make its folder first")
+        args.against = [name for name in args.against.split(",") if name]
+        there = ["botorch"] if args.gp or args.regret else list(peers.PEERS)
+        if wrong := [name for name in args.against if name not in there]:
+            raise UserError(f"--against: no peer {wrong[0]!r} here; there is {', '.join(there)}")
+        numbers = {}
+        if args.gp:
+            lines = bench_search.measure_gp(args.against, args.repeats)
+        elif args.regret:
+            lines = bench_search.measure_regret(args.against, args.repeats)
+        else:
+            lines, numbers = bench_decoding(args)
+            lines += ["", *bench_training.measure(softcot, args)] if args.assistant else []
+        if args.json:
+            files.write_json(args.json, {"arguments": vars(args)} | numbers | {"text": lines})
+        print("\n".join(lines))
+
+    return cli.guarded("lab.bench", body, memory="lower --batch or --tokens")
+
+
+if __name__ == "__main__":
+    cli.leave(command, sys.argv[1:])

@@ -1,0 +1,277 @@
+"""One command line for all methods: flags from the fields of their Settings, one meaning each."""
+
+import argparse
+import inspect
+import os
+import re
+import sys
+import typing
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from lab import fast, files, results, tasks
+from model import Tokenizer, Transformer, UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = str(ROOT / "tiny" / "base")  # the bundled model
+TASKS = ", ".join(tasks.TASKS)
+
+FLAGS = {  # those that are no settings of a method
+    "model": {
+        "default": TINY,
+        "help": "alias such as qwen2.5-7b, Hugging Face id, or folder (default: bundled)",
+    },
+    "question": {"help": "answer this one in the terminal (default: a problem of the task tiny)"},
+    "task": {"help": f"score a benchmark: {TASKS}"},
+    "data": {
+        "metavar": "FILE",
+        "help": "score your own JSON lines: question, answer, optional choices, steps",
+    },
+    "limit": {"type": int, "help": "only the first so many problems"},
+    "methods": {"help": "with --task: several, compared problem by problem (default: {methods})"},
+    "seed": {"type": int, "default": 0, "help": "of all randomness (default: 0)"},
+    "num-samples": {"type": int, "default": 1, "help": "answers per question (default: 1)"},
+    "batch-size": {"type": int, "default": 16, "help": "sequences side by side (default: 16)"},
+    "device": {"help": "cpu, cuda, or cuda:N (default: cuda where there is one)"},
+    "dtype": {"help": "bfloat16, float16, or float32 (default: what the device is fast at)"},
+    "quantize": {
+        "choices": ["int8"],
+        "help": "keep the weights in 8 bits: half of bfloat16's memory",
+    },
+    "compile": {"action": "store_true", "help": "compile the decoding step first: for long runs"},
+    "output": {
+        "metavar": "FILE",
+        "help": "append one JSON line per record; started again, it goes on",
+    },
+    "trace": {"action": "store_true", "help": "with --output: every concept token too"},
+    "json": {"metavar": "FILE", "help": "with --task: the table as JSON"},
+    "analyse": {"action": "store_true", "help": "the paper's mechanism study, on the question"},
+}
+
+
+# ------------------------------------------------------------------------------------------ flags
+
+
+def add_flags(parser: argparse.ArgumentParser, names: str, **changes: dict) -> None:
+    """Those of FLAGS that are named, in this order; changes replace some of their options."""
+    for name in names.split():
+        options = FLAGS[name] | changes.get(name.replace("-", "_"), {})
+        parser.add_argument(f"--{name}", **options)
+
+
+def comments(settings: type) -> dict[str, str]:
+    """Field -> its comment: behind it, or on the lines above it."""
+    said, above = {}, []
+    for line in inspect.getsource(settings).splitlines():
+        code, _, comment = line.partition("  # ")
+        field = re.match(r"    (\w+): ", code)
+        if line.strip().startswith("# "):
+            above.append(line.strip()[2:])
+        elif field:
+            said[field[1]] = " ".join([*above, *([comment.strip()] if comment else [])])
+        if not line.strip().startswith("# "):
+            above = []
+    return said
+
+
+def add_settings(parser: argparse.ArgumentParser, settings: type) -> None:
+    """A flag for each field: type, choices, default and help are the field's."""
+    said = {}
+    for base in reversed(settings.__mro__[:-1]):
+        said |= comments(base)
+    types = typing.get_type_hints(settings)
+    for field in fields(settings):
+        default = "" if field.default is None else f" (default: {field.default})"
+        options = {"help": said[field.name].replace("%", "%%") + default}
+        kinds = [t for t in typing.get_args(types[field.name]) if t is not type(None)]
+        kind = types[field.name]
+        if typing.get_origin(kind) is not typing.Literal and kinds:
+            kind = kinds[0]
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif typing.get_origin(kind) is typing.Literal:
+            options["choices"] = typing.get_args(kind)
+        else:
+            options["type"] = kind
+        flag = "--" + field.name.replace("_", "-")
+        parser.add_argument(flag, default=argparse.SUPPRESS, **options)
+
+
+def settings_of(args: argparse.Namespace, settings: type, **fixed: Any) -> Any:
+    """The settings that the flags ask for; UserError for nonsense."""
+    given = {f.name: getattr(args, f.name) for f in fields(settings) if hasattr(args, f.name)}
+    try:
+        return settings(**given | fixed)
+    except ValueError as error:
+        raise UserError(f"--{str(error).replace('_', '-')}") from None
+
+
+def at_least(args: argparse.Namespace, **least: int) -> None:
+    """UserError where one of these flags, if the command has it, is below its number."""
+    for name, low in least.items():
+        if getattr(args, name, low) < low:
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag} must be at least {low}, not {getattr(args, name)}")
+
+
+def new_parser(prog: str, description: str, **options: Any) -> argparse.ArgumentParser:
+    """One whose mistakes are one line, without the usage."""
+    parser = argparse.ArgumentParser(prog=prog, description=description, **options)
+    parser.error = lambda message: sys.exit(fail(prog.split()[0], message))
+    return parser
+
+
+# ------------------------------------------------------------------------------ errors and the end
+
+
+def fail(prog: str, message: str) -> int:
+    print(f"{prog}:", " ".join(message.split()), file=sys.stderr)
+    return 2
+
+
+def guarded(
+    prog: str,
+    body: Callable[[], None],
+    kept: str = "",
+    memory: str = "lower --batch-size or --max-new-tokens",
+) -> int:
+    """Run the body; 0, 2 for what the user can fix, or 130. kept: what an interruption left."""
+    try:
+        body()
+    except UserError as error:
+        return fail(prog, str(error))
+    except torch.OutOfMemoryError:
+        return fail(prog, f"out of GPU memory: {memory}, or use a smaller --model")
+    except KeyboardInterrupt:
+        print("\ninterrupted" + (f"; {kept}" if kept else ""), file=sys.stderr)
+        return 130
+    return 0
+
+
+def leave(command: Callable[..., int], *arguments: Any) -> NoReturn:
+    """Run a command as the program. Left at once: unloading PyTorch takes most of a second."""
+    sys.stdout.reconfigure(errors="replace")  # a terminal without Unicode gets question marks
+    code = command(*arguments)
+    sys.stdout.flush()
+    os._exit(code)
+
+
+# ------------------------------------------------------------------------------ one for each method
+
+
+def main(doc: str, settings: type, run: Callable, view: type) -> NoReturn:
+    leave(command, sys.argv[1:], doc, settings, run, view)
+
+
+def command(arguments: list[str], doc: str, settings: type, run: Callable, view: type) -> int:
+    """A method's program; view, of lab/show.py, is what is particular to it. The exit code."""
+    prog = re.search(r"python (\S+)", doc)[1]
+    methods = typing.get_args(typing.get_type_hints(settings)["method"])
+    parser = new_parser(prog, doc.splitlines()[0])
+    named = {"help": FLAGS["methods"]["help"].format(methods=",".join(methods))}
+    add_flags(parser, view.flags, methods=named)
+    add_settings(parser, settings)
+    args = parser.parse_args(arguments)
+
+    def body() -> None:
+        at_least(args, seed=0, num_samples=1, batch_size=1)
+        many = args.task or args.data
+        if args.question is not None and many:
+            both = "--question asks one question, --task and --data score many"
+            raise UserError(f"{both}: pass one of them")
+        for name in ("limit", "methods", "json"):
+            if getattr(args, name) is not None and not many:
+                raise UserError(f"--{name} goes with --task or --data")
+        view.check(args)
+        if many:
+            score(args, settings, run, view, methods)
+        else:
+            answer(args, settings, run, view)
+
+    return guarded(prog, body, f"what was finished is in {args.output}" if args.output else "")
+
+
+def load(args: argparse.Namespace) -> tuple[Transformer, Tokenizer]:
+    return fast.load(args.model, args.device, args.dtype, args.quantize, args.compile)
+
+
+def recorded(args: argparse.Namespace, s: Any, model: Transformer) -> dict:
+    """Everything that decides what is generated: other settings are not mixed in one file."""
+    weight = model.embed.weight
+    here = {"model": args.model, "device": weight.device.type, "dtype": str(weight.dtype)[6:]}
+    here |= {"quantize": args.quantize, "compile": args.compile, "seed": args.seed}
+    return here | asdict(s)
+
+
+def answer(args: argparse.Namespace, settings: type, run: Callable, view: type) -> None:
+    """One question in the terminal; what is finished is in the file at once."""
+    s, gold, samples = settings_of(args, settings), None, view.samples(args)
+    if args.question is None:
+        problem = tasks.load("tiny", limit=1)[0]
+        args.question, gold = problem.question, problem.answer
+        print(args.question)
+    check_question(args.question)
+    model, tokenizer = load(args)
+    if view.other(args, s, run, model, tokenizer):
+        return
+    kept = recorded(args, s, model)
+    done = files.resume(args.output, {s.method: kept}, view.key) if args.output else {}
+    about = {"question": args.question, "method": s.method, "seed": args.seed}
+    keys = {i: tuple((about | {"sample": i})[name] for name in view.key) for i in range(samples)}
+    todo = [i for i in keys if keys[i] not in done]
+    if not todo:
+        print(f"{args.output} holds this already", file=sys.stderr)
+    # The bundled model knows its own stories only; others are told the form of the answer.
+    form = tasks.INSTRUCTION["number"] if view.form and args.model != TINY else ""
+    text = "\n\n".join(part for part in (args.question, form) if part)
+    asked = [tasks.ask_number(text, form)] * len(todo)
+    rows = min(args.batch_size, samples * getattr(s, "at_once", 1))
+    watch = view(tokenizer, s) if len(todo) == 1 else None
+    for _, record in view.run(run, model, tokenizer, asked, todo, s, args, rows, watch):
+        if args.output:
+            files.append(args.output, about | record | {"settings": kept})
+        view.close(record, watch, model.device, gold)
+
+
+def check_question(question: str) -> None:
+    if not question.strip():
+        raise UserError("the question is empty: pass --question TEXT")
+    if any("\ud800" <= c <= "\udfff" for c in question):
+        raise UserError("the question is not valid UTF-8 text")
+
+
+def score(
+    args: argparse.Namespace, settings: type, run: Callable, view: type, there: tuple[str, ...]
+) -> None:
+    """A benchmark: every method on the same problems, graded, recorded, and compared in a table."""
+    methods = [args.method] if hasattr(args, "method") else list(there)
+    methods = args.methods.split(",") if args.methods else methods
+    if wrong := [method for method in methods if method not in there]:
+        raise UserError(f"--methods: no method {wrong[0]!r}; there are {', '.join(there)}")
+    wanted = {}
+    for method in methods:  # noise is of method soft alone
+        only_soft = {"noise": None} if method != "soft" and hasattr(args, "noise") else {}
+        wanted[method] = settings_of(args, settings, method=method, **only_soft)
+    name, samples = args.task or "data", view.samples(args)
+    problems, task = tasks.load(name, args.data, args.limit), tasks.TASKS[name]
+    model, tokenizer = load(args)
+
+    def solver(s: Any) -> Callable:
+        # The same however many are left after an interruption: bits depend on it.
+        rows = min(args.batch_size, len(problems) * samples * getattr(s, "at_once", 1))
+
+        def solve(jobs: list[tuple[tasks.Problem, int]]) -> Iterator[tuple]:
+            asked = [tasks.ask(problem, task) for problem, _ in jobs]
+            numbers = [sample for _, sample in jobs]
+            for i, record in view.run(run, model, tokenizer, asked, numbers, s, args, rows, None):
+                yield *jobs[i], record
+
+        return solve
+
+    solvers = {m: (recorded(args, s, model), solver(s)) for m, s in wanted.items()}
+    _, records = results.run(problems, task, solvers, samples, args.output, args.json)
+    view.after(records, methods, problems, task)

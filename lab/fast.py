@@ -1,0 +1,247 @@
+"""The fast paths, which plug into model.py from outside: `load` is model.load with all of them in.
+
+    model, tokenizer = load("qwen2.5-7b", quantize="int8", compile=True)
+
+Fused matrices (q, k, v and gate, up are one product each), weights laid out for a CPU's matrix
+instructions or kept in 8 bits, a step compiled by Inductor, a step recorded as a CUDA graph, and a
+plan of what fits in memory. Each can be read by itself; none is needed to understand a method.
+"""
+
+import sys
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import model as plain
+from lab import checkpoint
+from lab.steps import CompiledStep, Recorder
+from model import KVCache, Tokenizer, Transformer, UserError, causal_attention, rotate
+
+
+def load(
+    name: str,
+    device: str | None = None,
+    dtype: torch.dtype | str | None = None,
+    quantize: str | None = None,
+    compile: bool = False,
+) -> tuple[Transformer, Tokenizer]:
+    """As model.load, fast.
+
+    quantize: "int8" keeps the matrices, but not the embeddings, in 8 bits: half the bytes of
+    bfloat16; not for training. compile: decoding is compiled by Inductor, which takes about a
+    minute at the first step, and a C++ compiler on a CPU. Raises UserError for whatever the user
+    can fix, before memory is asked for.
+    """
+    if quantize not in (None, "int8"):
+        raise UserError(f"unknown quantisation {quantize}: use int8")
+    device, dtype = checkpoint.choose(device, dtype)
+    if compile and device.type == "cpu":
+        checkpoint.check_compiler()
+    folder = checkpoint.find_folder(name)
+    config = checkpoint.check_config(folder)
+    needed = weight_bytes(config, dtype, quantize)
+    checkpoint.check_memory(needed, device, dtype, quantize)
+    spare = checkpoint.free_memory(device) - 3 * needed  # the weights, and packed ones beside them
+    pack = not (quantize or compile) and packs(device, dtype) and spare > 0
+    layer = Int8Linear if quantize else PackedLinear if pack else None
+    with tqdm(desc="loading layers", total=config.layers, delay=1, leave=False) as bar:
+
+        def convert(module: nn.Module) -> None:  # block by block: the whole is not there twice
+            fuse(module)
+            if layer:
+                exchange(module, layer)
+            bar.update()
+
+        try:
+            model, tokenizer = plain.load(str(folder), str(device), dtype, convert)
+        except Exception:
+            checkpoint.check_files(folder, config)  # says in one line what is wrong with them
+            raise
+    if layer:
+        model.lm_head = layer(model.lm_head)
+    model.plan = partial(plan, model)
+    if device.type == "cuda":
+        model.recorder = Recorder
+    if compile:
+        model.step = CompiledStep(model)
+    return model, tokenizer
+
+
+def weight_bytes(c: plain.Config, dtype: torch.dtype, quantize: str | None) -> int:
+    """Bytes of a model's weights; in 8 bits all but the embeddings."""
+    with torch.device("meta"):
+        model = Transformer(c)
+    embeddings = model.embed.weight.numel()
+    rest = sum(p.numel() for p in model.parameters()) - embeddings
+    if quantize:
+        return embeddings * (dtype.itemsize + c.tied) + rest
+    return (embeddings + rest) * dtype.itemsize
+
+
+# --------------------------------------------------------------------------------- fused matrices
+
+
+class FusedAttention(nn.Module):
+    """model.Attention with one matrix for q, k and v: one read, one launch."""
+
+    def __init__(self, a: plain.Attention):
+        super().__init__()
+        self.h = a.h
+        self.H, self.K = (p.out_features // a.h for p in (a.q_proj, a.k_proj))
+        # In the order of their use: whoever sums over parameters gets the bits of that order.
+        self.qkv, self.o_proj = joined(a.q_proj, a.k_proj, a.v_proj), a.o_proj
+        self.q_norm, self.k_norm = getattr(a, "q_norm", None), getattr(a, "k_norm", None)
+
+    def forward(self, x: Tensor, rotation: tuple, layer: int, cache: KVCache | None) -> Tensor:
+        B, T, _ = x.shape
+        H, K, h = self.H, self.K, self.h
+        qk, v = self.qkv(x).view(B, T, H + 2 * K, h).split([H + K, K], dim=2)
+        if self.q_norm is not None:
+            q, k = qk.split([H, K], dim=2)
+            qk = torch.cat([self.q_norm(q), self.k_norm(k)], dim=2)
+        q, k = rotate(qk, *rotation).split([H, K], dim=2)
+        y = causal_attention(q, k, v) if cache is None else cache.attend(layer, q, k, v)
+        return self.o_proj(y.reshape(B, T, H * h))
+
+
+class FusedMLP(nn.Module):
+    """model.MLP with one matrix for gate and up."""
+
+    def __init__(self, m: plain.MLP):
+        super().__init__()
+        self.gate_up, self.down_proj = joined(m.gate_proj, m.up_proj), m.down_proj
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up)
+
+
+def joined(*linears: nn.Linear) -> nn.Linear:
+    """One linear layer whose outputs are those of all, one after another."""
+    weight = torch.cat([x.weight.data for x in linears])
+    linear = nn.Linear(*weight.shape[::-1], bias=linears[0].bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    if linear.bias is not None:
+        linear.bias = nn.Parameter(torch.cat([x.bias.data for x in linears]), requires_grad=False)
+    return linear
+
+
+def fuse(block: plain.Block) -> None:
+    block.self_attn, block.mlp = FusedAttention(block.self_attn), FusedMLP(block.mlp)
+
+
+def hf_tensors(model: Transformer) -> dict[str, Tensor]:
+    """Each tensor of a fused model by its Hugging Face name, as a view into its parameters.
+
+    Writing to the views changes the model; saving them saves it.
+    """
+    c, views = model.config, {}
+    q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
+    parts = {"qkv": (["q_proj", "k_proj", "v_proj"], [q, kv, kv])}
+    parts["gate_up"] = (["gate_proj", "up_proj"], [c.ffn, c.ffn])
+    for name, parameter in model.named_parameters():
+        *path, kind = plain.hf_name(name).split(".")
+        names, sizes = parts.get(path[-1], (path[-1:], [len(parameter)]))
+        for part, view in zip(names, parameter.split(sizes)):
+            views[".".join([*path[:-1], part, kind])] = view
+    return views
+
+
+# ----------------------------------------------------------------------------------- other weights
+
+
+def exchange(module: nn.Module, layer: Callable[[nn.Linear], nn.Module]) -> None:
+    """Every linear layer inside becomes another one."""
+    for name, child in list(module.named_children()):
+        if isinstance(child, nn.Linear):
+            setattr(module, name, layer(child))
+        else:
+            exchange(child, layer)
+
+
+def packs(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether PackedLinear is for this device and dtype."""
+    here = device.type == "cpu" and dtype == torch.bfloat16
+    return here and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+class PackedLinear(nn.Linear):
+    """x [..., n] -> [..., m] in bfloat16 on a CPU: in decoding with the weight laid out for it.
+
+    PyTorch lays it out in every product otherwise, which takes longer than a product of few rows.
+    """
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__(1, 1, device="meta")
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        self.packed, self.version = None, None
+
+    def forward(self, x: Tensor) -> Tensor:
+        # A weight made in inference mode does not tell when it changes.
+        if not torch.is_inference_mode_enabled() or self.weight.is_inference():
+            return F.linear(x, self.weight, self.bias)
+        if self.version != self.weight._version:  # LoRA changes it between two decodings
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach())
+            self.version = self.weight._version
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+
+
+class Int8Linear(nn.Module):
+    """x [..., n] -> [..., m] from a weight in 8 bits, int8 [m, n], with one scale for each row.
+
+    The scale is rounded first, and the weight then to its multiples, so that only the second
+    rounding is an error: at most half a scale, 1/254 of the row's largest weight. Decoding on a CPU
+    multiplies the integers as they are; elsewhere, and where so many rows are decoded that it is
+    faster, the weight is made again for each product, with one rounding more.
+    """
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        weight = linear.weight.detach().float()
+        scale = (weight.abs().amax(1) / 127).clamp(min=1e-6).to(linear.weight.dtype)
+        integers = (weight / scale[:, None].float()).round().clamp(-127, 127).to(torch.int8)
+        self.register_buffer("weight", integers)
+        self.register_buffer("scale", scale)
+        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        few = x.numel() <= 24 * x.shape[-1]
+        if x.device.type == "cpu" and torch.is_inference_mode_enabled() and few:
+            rows = x.reshape(-1, x.shape[-1])
+            y = torch._weight_int8pack_mm(rows, self.weight, self.scale).view(*x.shape[:-1], -1)
+            return y if self.bias is None else y + self.bias
+        return F.linear(x, self.weight * self.scale[:, None], self.bias)
+
+
+# ----------------------------------------------------------------------------------------- memory
+
+
+def plan(model: Transformer, rows: int, prompt: int, new: int) -> int:
+    """As many of the rows as fit in what is free, with prompts and new tokens so long at most.
+
+    A line on standard error where those are fewer; UserError where not even one fits.
+    """
+    c, weight = model.config, model.embed.weight
+    prompt, positions = min(prompt, c.context), min(prompt + new, c.context)
+    position = 2 * c.layers * c.kv_heads * c.head_dim * weight.itemsize  # of its keys and values
+    # A prompt keeps what was made of it; and float32 logits, and what a method makes of them.
+    row = position * (KVCache.rounded(positions, model.device) + prompt) + 32 * c.vocab_size
+    # There is one more prompt: the one to come.
+    free = 0.9 * checkpoint.free_memory(model.device) - position * prompt
+    fit = min(rows, int(free / row))
+    there = f"{free / 1e9:.1f} GB are free"
+    if fit < 1:
+        needs = f"needs {row / 1e9:.1f} GB for its keys and values"
+        remedy = "lower --max-new-tokens"
+        raise UserError(
+            f"a sequence of {positions} positions {needs}, {there} on {model.device}: {remedy}"
+        )
+    if fit < rows:
+        need = f"each may need {row / 1e9:.2f} GB"
+        print(f"{fit} instead of {rows} sequences side by side: {need}, {there}", file=sys.stderr)
+    return fit

@@ -1,0 +1,199 @@
+"""What is particular to a method's program, and its view of one question in the terminal."""
+
+import argparse
+import os
+import resource
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
+
+import torch
+from tokenizers.decoders import DecodeStream
+from torch import Tensor
+
+from lab import study
+from model import Tokenizer, Transformer, UserError
+
+FIRST = "model question task data limit methods seed"
+
+
+class Thought:
+    """Soft Thinking: the thought streams as its most probable tokens, with alternatives."""
+
+    flags = f"{FIRST} num-samples batch-size device dtype quantize compile output trace json"
+    key = ("question", "method", "seed", "sample")
+    form = False  # whether a question is told which form its answer takes
+    MATTERS = 0.1  # an alternative is shown from this probability on
+    WHY: ClassVar = {
+        "think_end": "ended by the model",
+        "cold_stop": "ended by Cold Stop",
+        "length": "cut by the length",
+    }
+
+    @staticmethod
+    def check(args: argparse.Namespace) -> None:
+        pass
+
+    @staticmethod
+    def samples(args: argparse.Namespace) -> int:
+        return args.num_samples
+
+    @staticmethod
+    def other(*_: Any) -> bool:
+        return False
+
+    @staticmethod
+    def after(*_: Any) -> None:
+        pass
+
+    @staticmethod
+    def run(
+        think: Callable,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        asked: list,
+        samples: list[int],
+        s: Any,
+        args: argparse.Namespace,
+        rows: int,
+        watch: Callable | None,
+    ) -> Iterator[tuple[int, dict]]:
+        questions = [a.text for a in asked]
+        return think(model, tokenizer, questions, s, args.seed, samples, rows, args.trace, watch)
+
+    def __init__(self, tokenizer: Tokenizer, s: Any):
+        self.tokenizer, self.out, self.was_thinking = tokenizer, sys.stdout, True
+        self.mixtures = s.method == "soft"
+        colour = self.out.isatty() and not os.environ.get("NO_COLOR")
+        self.dim, self.bold, self.plain = ["\x1b[2m", "\x1b[1m", "\x1b[0m"] if colour else [""] * 3
+        self.stream = DecodeStream(skip_special_tokens=True)
+        print(f"{self.bold}<think>{self.plain}", file=self.out)
+
+    def __call__(self, token: Tensor, phase: Tensor, H: Tensor, ids: Tensor, ct: Tensor) -> None:
+        """One step of row 0. phase is 0 where a concept token is fed, 3 where the answer is."""
+        if self.was_thinking and phase == 3:
+            self.was_thinking, self.stream = False, DecodeStream(skip_special_tokens=True)
+            print(file=self.out)
+        # A character may need several tokens.
+        self.out.write(self.stream.step(self.tokenizer.core, int(token)) or "")
+        pairs = zip(ct.tolist(), ids.tolist()) if phase == 0 and self.mixtures else ()
+        others = [(p, i) for p, i in pairs if p >= self.MATTERS and i != int(token)]
+        if others:
+            said = [f"{self.tokenizer.decode([i])!r} {p:.2f}" for p, i in sorted(others)[::-1]]
+            self.out.write(f"{self.dim}[{', '.join(said)}]{self.plain}")
+        self.out.flush()
+
+    @classmethod
+    def close(
+        cls, record: dict, view: "Thought | None", device: torch.device, gold: str | None
+    ) -> None:
+        """The answer, if it has not been streamed; and what it took."""
+        if view is None:
+            said = record["answer_text"] or record["thought_text"]
+            print(f"--- sample {record['sample']}\n{said}")
+        elif not record["answer_ids"]:
+            print("\n(no answer: the thought was never closed)", end="")
+        tokens = record["thought_tokens"] + record["answer_tokens"]
+        if device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(device)
+        else:  # kilobytes on Linux, bytes on macOS
+            unit = 1 if sys.platform == "darwin" else 1024
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        why, speed = cls.WHY[record["stopped_by"]], tokens / record["seconds"]
+        print(
+            f"\n{record['thought_tokens']} thinking tokens ({why}), "
+            f"{record['answer_tokens']} answer tokens ({record['finish_reason']}), "
+            f"{speed:.1f} tokens/s, peak memory {peak / 1e9:.2f} GB",
+            flush=True,
+        )
+        if gold:
+            print(f"(the right answer is {gold})")
+
+
+class Search:
+    """Soft Reasoning: round by round the candidates, what chose them, and what they earned."""
+
+    flags = f"{FIRST} batch-size device dtype quantize compile output json analyse"
+    key = ("question", "method", "seed")
+    form = True
+    WHY: ClassVar = {
+        "ei": "no point is expected to improve by the threshold",
+        "gain": "the last round gained less than the threshold",
+        "rounds": "the rounds are over",
+    }
+
+    @staticmethod
+    def check(args: argparse.Namespace) -> None:
+        if args.analyse and (args.task or args.data or args.output):
+            with_none = "it goes with none of --task, --data, --output"
+            raise UserError(f"--analyse studies one question and prints: {with_none}")
+        if args.analyse and args.compile:
+            gone = "which are not there any more after --compile"
+            raise UserError(f"--analyse looks into the layers, {gone}: leave one out")
+
+    @staticmethod
+    def samples(args: argparse.Namespace) -> int:
+        return 1
+
+    @staticmethod
+    def other(
+        args: argparse.Namespace, s: Any, reason: Callable, model: Transformer, tokenizer: Tokenizer
+    ) -> bool:
+        """--analyse, where it is asked for."""
+        if args.analyse:
+            print(study.analyse(model, tokenizer, args.question, s, args.seed, reason))
+        return args.analyse
+
+    @staticmethod
+    def after(records: dict, methods: list[str], problems: list, task: Any) -> None:
+        study.compare(records, methods, problems, task)
+
+    @staticmethod
+    def run(
+        reason: Callable,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        asked: list,
+        samples: list[int],
+        s: Any,
+        args: argparse.Namespace,
+        rows: int,
+        watch: Callable | None,
+    ) -> Iterator[tuple[int, dict]]:
+        return reason(model, tokenizer, asked, s, args.seed, rows, watch)
+
+    def __init__(self, tokenizer: Tokenizer, s: Any):
+        self.points: list[dict] = []
+
+    def __call__(self, number: int, points: list[dict], verdict: dict | None) -> None:
+        """One round."""
+        self.points += points
+        best = max(self.points, key=lambda point: point["reward"])
+        print(f"round {number}" + (f": the verifier says {verdict['answer']}" if verdict else ""))
+        for point in points:
+            verifier = (
+                "-" if point["reward_verifier"] is None else f"{point['reward_verifier']:.0f}"
+            )
+            ei = "" if point["ei"] is None else f"  EI {point['ei']:.4f}"
+            print(
+                f"  answer {point['answer'] or 'none':>8}  verifier {verifier}  "
+                f"coherence {point['reward_coherence']:.4f}  reward {point['reward']:.4f}{ei}"
+                f"{'  <- best' if point is best else ''}",
+                flush=True,
+            )
+
+    @classmethod
+    def close(
+        cls, record: dict, view: "Search | None", device: torch.device, gold: str | None
+    ) -> None:
+        if "rounds" in record:
+            print(f"stopped after round {record['rounds'] - 1}: {cls.WHY[record['stopped_by']]}")
+        print(record["answer_text"] or record["thought_text"])
+        if not any(record["answers"]):
+            print("unanswered: no candidate gives an answer that can be read")
+        right = f"  (the right answer is {gold})" if gold else ""
+        print(
+            f"{len(record['answers'])} generations of {record['generation_tokens']} tokens, "
+            f"{record['verification_tokens']} tokens to verify, "
+            f"{record['answer_tokens'] / record['seconds']:.1f} tokens/s{right}"
+        )

@@ -1,0 +1,298 @@
+"""SoftCoT's commands: train, eval, and one question in the terminal.
+
+The modules of the method (softcot) and of its baselines (lora, prompts) are handed over.
+"""
+
+import argparse
+import hashlib
+import json
+import sys
+from contextlib import nullcontext
+from itertools import zip_longest
+from pathlib import Path
+from statistics import mean, stdev
+from textwrap import wrap
+from types import ModuleType
+from typing import NoReturn
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lab import cli, files, results, softcot_variants, tasks
+from lab.fast import load
+from lab.softcot_variants import METHODS, Answering, variants
+from lab.trained import BEST, identity, kept_hidden, locked
+from lab.training import Trainer
+from model import Tokenizer, Transformer, UserError, check_prompt
+
+PROG = "softcot.py"
+
+# ------------------------------------------------------------------------------------------- flags
+
+
+def command_line(command: str | None, method: ModuleType) -> argparse.ArgumentParser:
+    """The flags of `train`, of `eval`, or of one question: each refuses what others know."""
+    titles = {"train": "Train the projection, a soft prompt, or LoRA."}
+    titles |= {"eval": "Score methods on a task.", None: method.__doc__.splitlines()[0]}
+    epilog = None if command else "See also: softcot.py train --help, softcot.py eval --help"
+    parser = cli.new_parser(
+        f"{PROG} {command or ''}".strip(),
+        titles[command],
+        epilog=epilog,
+        conflict_handler="resolve",
+    )
+    add, bundled = parser.add_argument, {"model": {"default": softcot_variants.TINY}}
+    cli.add_flags(parser, "model device dtype", **bundled)
+    several = "likewise; eval takes several, with commas (default: bundled)"
+    add("--assistant", default=softcot_variants.TINY_ASSISTANT, help=several)
+    if command:
+        task = {"help": f"(default: tiny) one of {cli.TASKS}"}
+        cli.add_flags(parser, "task data limit", task=task)
+    if command == "train":
+        add(
+            "--folder", required=True, help="where everything is written; started again, it goes on"
+        )
+        losable = "steps that an interruption costs at most (default: 50)"
+        add("--save-every", type=int, default=50, help=losable)
+        less = "recompute layers in the backward pass: less memory, more time"
+        add("--checkpointing", action="store_true", help=less)
+        cli.add_settings(parser, method.Training)
+        return parser
+    made = "made by train; eval takes several, with commas, one row each (default: bundled)"
+    add("--projection", metavar="FILE", help=made)
+    if command is None:
+        cli.add_flags(parser, "question")
+        default = method.Settings.max_new_tokens
+        add("--max-new-tokens", type=int, help=f"of each answer (default: {default})")
+        parser.set_defaults(prompt=None, max_new_tokens=default)  # only eval has --prompt
+        return parser
+    cli.add_settings(parser, method.Settings)
+    number = "N, or several with commas, one row each (default: as many as were trained)"
+    add("--thoughts", default=None, help=number)
+    chosen = f"of {', '.join(METHODS)} (default: all, lora only with --lora)"
+    cli.add_flags(parser, "methods seed batch-size output json", methods={"help": chosen})
+    own = "of cot-unk, made by train (default: the placeholders' own embeddings)"
+    add("--prompt", metavar="FILE", help=own)
+    add("--lora", metavar="FOLDER", help="of lora: an adapter, made by train or by PEFT")
+    return parser
+
+
+def command(arguments: list[str], *modules: ModuleType) -> int:
+    """What softcot.py does with these arguments; modules: softcot, lora, prompts."""
+    name = arguments[0] if arguments and arguments[0] in ("train", "eval") else None
+    args = command_line(name, modules[0]).parse_args(arguments[1:] if name else arguments)
+    kept = getattr(args, "folder", getattr(args, "output", None))
+
+    def body() -> None:
+        least = {"num_samples": 1, "seeds": 1, "batch_size": 1, "save_every": 1}
+        cli.at_least(args, **least, max_new_tokens=1, seed=0)
+        {"train": train, "eval": score, None: answer}[name](args, *modules)
+
+    keeps = f"{kept} keeps what was saved, and the same command goes on" if kept else ""
+    memory = "(in training, raise --accumulate as much, or pass --checkpointing)"
+    return cli.guarded(PROG, body, keeps, f"lower --batch-size {memory}")
+
+
+def main(*modules: ModuleType) -> NoReturn:
+    cli.leave(command, sys.argv[1:], *modules)
+
+
+# ------------------------------------------------------------------------------------------- train
+
+
+def train(
+    args: argparse.Namespace, method: ModuleType, lora: ModuleType, prompts: ModuleType
+) -> None:
+    """Train what --method names in a folder, or go on."""
+    s = cli.settings_of(args, method.Training)
+    if s.seed >= 1 << 63:
+        raise UserError(f"--seed must be below 2^63, not {s.seed}")
+    name = "data" if args.data and not args.task else args.task or "tiny"
+    if not args.data and f"{name}-train" in tasks.TASKS:
+        name = f"{name}-train"  # the task's own name is its test set
+    problems, task = tasks.load(name, args.data, args.limit), tasks.TASKS[name]
+    if without := [p.id for p in problems if not p.steps]:
+        raise UserError(
+            f"{len(without)} of {len(problems)} problems of {args.data or name} have no worked "
+            f"steps to learn from ({without[0]} is the first): use gsm8k, aqua, asdiv-aug or tiny, "
+            "or --data FILE with `steps`"
+        )
+    with locked(Path(args.folder)) as folder:
+        model, tokenizer = load(args.model, args.device, args.dtype)
+        assistant = assistant_tokenizer = None
+        if s.method == "softcot":
+            assistant, assistant_tokenizer = load(args.assistant, args.device, args.dtype)
+        eos = model.config.eos_ids
+        if not eos:
+            lacks = "names no end-of-sequence token in its config.json"
+            raise UserError(f"{args.model} {lacks}: add eos_token_id there")
+        n = 0 if s.method == "lora" else s.thoughts
+        end = tokenizer.core.token_to_id(tokenizer.special.get("eos_token", ""))
+        end = end if end in eos else eos[0]
+        sequences, asked, fitting = [], [], []
+        for p in problems:
+            question = tasks.prompt(p, task)
+            target = method.target_text(tokenizer, p.answer, p.steps, task.instruct)
+            q = method.sequence(tokenizer, question, n, tokenizer.encode(target) + [end])
+            a = method.assistant_ids(assistant_tokenizer, question, n) if assistant else []
+            fits = not assistant or len(a) <= assistant.config.context
+            if fits and len(q.ids) <= model.config.context:
+                sequences.append(q), asked.append(a), fitting.append(p)
+        if len(fitting) <= s.dev:
+            raise UserError(
+                f"{len(fitting)} of {len(problems)} problems fit the context windows with {n} "
+                f"thoughts, and --dev holds out {s.dev}: lower --thoughts or --dev, or raise "
+                "--limit"
+            )
+        if len(fitting) < len(problems):
+            left_out = f"{len(problems) - len(fitting)} of {len(problems)} problems"
+            print(f"left out: {left_out}, too long for the context windows", file=sys.stderr)
+        check_prompt(model.config, [max(max(q.ids) for q in sequences)])  # of the vocabulary
+        if assistant:
+            check_prompt(assistant.config, [max(map(max, asked))], whose="the assistant's")
+        text = json.dumps([[q.ids for q in sequences], asked]).encode()
+        about = {"made_by": PROG, "method": s.method, "task": name}
+        about |= {"prompt_version": str(method.PROMPT_VERSION), "thoughts": str(n)}
+        about["dtype"] = str(model.embed.weight.dtype)[6:]
+        about["data"] = hashlib.sha256(text).hexdigest()[:16]
+        about |= identity(method.PROMPT_VERSION, args.model, model, args.assistant, assistant)
+        torch.manual_seed(s.seed)
+        adapter, adapted = None, nullcontext()
+        if s.method == "softcot":
+            trained = method.projection(assistant.config.d, model.config.d)
+        elif s.method == "cot-unk":
+            trained = prompts.soft_prompt(model, sequences[0].unk, n)
+        else:
+            trained = lora.start(model, s.rank)
+            adapter = lora.adapter_config(args.model, s.rank, s.alpha, s.dropout)
+        trainer = Trainer(
+            method, folder, model, tokenizer, task, fitting, sequences, about, s, trained, adapter
+        )
+        if s.method == "lora":
+            adapted = lora.hooks(model, trainer.trained, s.alpha / s.rank, s.dropout)
+        if trainer.saved != trainer.total:
+            if assistant:
+                path = folder / "hidden.safetensors"
+                trainer.hidden = kept_hidden(method, assistant, asked, n, path, about)
+                assistant = assistant_tokenizer = None  # its memory is wanted
+            with adapted:
+                trainer.run(args.save_every, args.checkpointing)
+        best, last = folder / BEST[s.method], folder / "last.safetensors"
+        print(f"{best}: smallest held-out loss; {last}: last step")
+
+
+# -------------------------------------------------------------------------------------------- eval
+
+
+def score(
+    args: argparse.Namespace, method: ModuleType, lora: ModuleType, prompts: ModuleType
+) -> None:
+    """A task: every method on the same problems, graded, recorded, compared; their spread."""
+    s = cli.settings_of(args, method.Settings, thoughts=0)  # each row has its own number
+    if s.temperature == 0 and max(s.num_samples, s.seeds) > 1:
+        raise UserError(
+            "greedy answers are the same in every sample and for every seed: pass a --temperature "
+            "above 0"
+        )
+    methods = [m for m in METHODS if m != "lora" or args.lora]
+    methods = args.methods.split(",") if args.methods else methods
+    if wrong := [m for m in methods if m not in METHODS]:
+        known = ", ".join(METHODS)
+        raise UserError(f"--methods: no method {wrong[0]!r}; there are {known}")
+    if "lora" in methods and not args.lora:
+        make = "python softcot.py train --method lora --folder FOLDER"
+        raise UserError(f"--methods lora needs --lora FOLDER: `{make}`")
+    numbers = args.thoughts.split(",") if args.thoughts else []
+    if not all(n.isdecimal() for n in numbers):
+        numbers = "numbers from 0 on, with commas between them"
+        raise UserError(f"--thoughts takes {numbers}, not {args.thoughts!r}")
+    name = "data" if args.data and not args.task else args.task or "tiny"
+    problems, task = tasks.load(name, args.data, args.limit), tasks.TASKS[name]
+    model, tokenizer = load(args.model, args.device, args.dtype)
+    rows = variants(args, model, methods, [int(n) for n in numbers], method, lora)
+    base = {
+        "model": args.model,
+        "device": model.device.type,
+        "dtype": str(model.embed.weight.dtype)[6:],
+        "seed": args.seed,
+        "num_samples": s.num_samples,
+        "temperature": s.temperature,
+        "max_new_tokens": s.max_new_tokens,
+        "prompt_version": method.PROMPT_VERSION,
+    }
+    batch_size = min(args.batch_size, len(problems) * s.num_samples)
+    solve = Answering(method, lora, prompts, model, tokenizer, task, s, args.seed, batch_size)
+    solvers = {row: (base | own, solve.by(variant)) for row, (own, variant) in rows.items()}
+    result, records = results.run(problems, task, solvers, s.seeds, args.output, args.json)
+    if s.seeds == 1:
+        return
+    print("\naccuracy, mean ± standard deviation over the seeds")
+    result["seeds"] = {}
+    for row in rows:
+        right = [[records[p.id, row, k]["correct"] for p in problems] for k in range(s.seeds)]
+        each = [mean(grades) for grades in right]
+        result["seeds"][row] = {"accuracies": each, "mean": mean(each), "std": stdev(each)}
+        print(f"{row:24} {mean(each):.1%} ± {100 * stdev(each):.1f}")
+    if args.json:
+        files.write_json(args.json, result)
+
+
+# ------------------------------------------------------------------------------------ one question
+
+
+def answer(
+    args: argparse.Namespace, method: ModuleType, lora: ModuleType, prompts: ModuleType
+) -> None:
+    """One question in the terminal, without and with soft thoughts, and what these are near to."""
+    problem, task = tasks.load("tiny", limit=1)[0], tasks.TASKS["tiny"]
+    gold = problem.answer if args.question is None else None
+    question = problem.question if args.question is None else args.question
+    cli.check_question(question)
+    if not args.projection and not softcot_variants.bundled(args):
+        remedy = "pass --projection FILE, which `train` makes"
+        raise UserError(f"the bundled projection is for the bundled models: {remedy}")
+    s = cli.settings_of(args, method.Settings)
+    model, tokenizer = load(args.model, args.device, args.dtype)
+    rows = variants(args, model, ["zero-shot-cot", "softcot"], [], method, lora)
+    (_, plain), (_, soft), *_ = rows.values()
+    task = tasks.TASKS.get(soft.task, task)  # its prompts are what the projection was trained with
+    print(question, end="\n\n")
+    problem = tasks.Problem("question", question, "", "number")
+    solve, texts = Answering(method, lora, prompts, model, tokenizer, task, s, 0, 1), []
+    for variant in (plain, soft):
+        ((_, _, record),) = solve.by(variant)([(problem, 0)])
+        said = f"{record['thought_text']}\n\n{record['answer_text']}".strip()
+        texts.append(f"{said}\n\n{record['answer_tokens']} tokens")
+    print(side_by_side(texts, ["without", f"with {soft.n} soft thoughts"]))
+    thoughts = method.think_one(*soft.assistant, soft.trained, tasks.prompt(problem, task), soft.n)
+    measures = "norm in mean embedding norms, nearest tokens and the cosine of the angle to them"
+    print(f"\nsoft thoughts: {measures}")
+    print("\n".join(nearest_tokens(model, tokenizer, thoughts)))
+    if gold:
+        print(f"\nthe right answer is {gold}")
+
+
+def side_by_side(texts: list[str], heads: list[str], width: int = 56) -> str:
+    """Two texts as two columns."""
+    columns = [
+        [line for part in t.splitlines() for line in wrap(part, width) or [""]] for t in texts
+    ]
+    pairs = zip_longest(*([head, "", *lines] for head, lines in zip(heads, columns)), fillvalue="")
+    return "\n".join(f"{left:{width + 2}}{right}".rstrip() for left, right in pairs)
+
+
+@torch.no_grad()
+def nearest_tokens(
+    model: Transformer, tokenizer: Tokenizer, thoughts: Tensor, k: int = 3
+) -> list[str]:
+    """For each soft thought [n, d]: the tokens whose embeddings are nearest by angle; its norm."""
+    E, T = model.embed.weight.float(), thoughts.float()
+    cosine, ids = (F.normalize(T, dim=-1) @ F.normalize(E, dim=-1).T).topk(k)
+    norms = T.norm(dim=-1) / E.norm(dim=-1).mean()
+    lines = []
+    for i, norm in enumerate(norms.tolist()):
+        pairs = zip(ids[i].tolist(), cosine[i].tolist())
+        near = [f"{tokenizer.decode([t])!r} {c:+.2f}" for t, c in pairs]
+        lines.append(f"{i + 1:3}  norm {norm:7.2f}  " + "  ".join(near))
+    return lines

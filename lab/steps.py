@@ -1,0 +1,105 @@
+"""Faster steps for model.decode: compiled by Inductor, or recorded as a CUDA graph and replayed."""
+
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from model import KVCache, Transformer
+
+
+class CompiledStep:
+    """Transformer.step compiled by Inductor: what stands between the matrix products is fused.
+
+    On a CPU the weights become constants of it, as they are at the first step, laid out for
+    Inductor's own C++ products: a second copy. These are settings of Inductor itself, so they hold
+    for whatever else the process compiles.
+    """
+
+    def __init__(self, model: Transformer):
+        if model.device.type == "cpu":
+            inductor = torch._inductor.config
+            inductor.freezing, inductor.max_autotune = True, True
+            inductor.max_autotune_gemm_backends = "CPP"
+        self.model, self.sizes = model, set()  # sizes: numbers of rows it has been compiled for
+        self.one = torch.compile(self.plain)
+
+    def plain(self, x: Tensor, rotation: tuple, cache: KVCache) -> tuple[Tensor, Tensor]:
+        hidden = self.model.run(x, rotation, cache)[:, 0]
+        return hidden, self.model.logits(hidden)
+
+    def __call__(self, embeds: Tensor, cache: KVCache) -> tuple[Tensor, Tensor]:
+        x, rotation, B = embeds[:, None], self.model.rotation(*cache.advance(1)), len(embeds)
+        if B in self.sizes:
+            return self.one(x, rotation, cache)
+        for tensor, dim in ((cache.mask, 3), *((keys, 1) for keys in cache.keys + cache.values)):
+            torch._dynamo.maybe_mark_dynamic(tensor, dim)  # once for all lengths and capacities
+        start = time.perf_counter()
+        out = self.one(x, rotation, cache)
+        self.sizes.add(B)
+        took = time.perf_counter() - start
+        print(f"compiled the step for {B} sequences in {took:.0f} s", file=sys.stderr)
+        return out
+
+
+class Recorder:
+    """decode's step as a CUDA graph, one for each S, and its ends, noticed one step late.
+
+    Launching a step's kernels one by one takes the host longer than running them takes the GPU,
+    which works on while the host looks at the ends of the step before.
+    """
+
+    late = 1
+
+    def __init__(self, model: Transformer, step: Callable, cache: KVCache, live: Tensor):
+        self.model, self.step, self.cache, self.live = model, step, cache, live
+        self.graphs: dict[int, tuple] = {}
+        self.capacity, self.refused = 0, False
+        self.pending = deque([Flags(torch.ones_like(live))] * self.late)
+
+    def __call__(self) -> list[bool]:
+        """One step; which rows were live `late` steps ago."""
+        S, capacity = self.cache.S, self.cache.keys[0].shape[1]
+        if capacity != self.capacity:  # the cache has moved, and recordings go by addresses
+            self.capacity, self.graphs = capacity, {}
+        if S in self.graphs:
+            self.graphs[S][0].replay()
+        else:
+            self.step()  # this step, done at once; the recording is for those to come
+            if not self.refused:
+                self.record(S)
+        self.pending.append(Flags(self.live))
+        return self.pending.popleft().list()
+
+    def record(self, S: int) -> None:
+        try:
+            # With the rotary tables that it reads: longer ones may replace them in the model.
+            self.graphs[S] = self.capture(), self.model.cos, self.model.sin
+        except RuntimeError as error:  # a driver or an operation that cannot
+            self.refused, reason = True, str(error).splitlines()[0]
+            print(f"steps cannot be recorded here, and run one by one ({reason})", file=sys.stderr)
+
+    def capture(self) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        pool = next(iter(self.graphs.values()))[0].pool() if self.graphs else None
+        with torch.cuda.graph(graph, pool=pool):
+            self.step()
+        return graph
+
+
+class Flags:
+    """A copy of a bool tensor on its way to the host; nobody waits before `list` is asked for."""
+
+    def __init__(self, x: Tensor):
+        self.host = x.to("cpu", non_blocking=True, copy=True)
+        self.event = torch.cuda.Event() if x.is_cuda else None
+        if self.event:
+            self.event.record()
+
+    def list(self) -> list[bool]:
+        if self.event:
+            self.event.synchronize()
+        return self.host.tolist()

@@ -1,0 +1,286 @@
+"""The problems of each benchmark, and the prompts that ask for their answers.
+
+    problems = load("gsm8k", limit=100)         # downloaded, checked by SHA-256, cached
+    text = prompt(problems[0], TASKS["gsm8k"])  # what the user says to the model
+
+A task is a file (lab/sources.py), a way to read its rows, and a kind of answer (lab/grading.py).
+"""
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lab import grading
+from lab.grading import readings
+from lab.sources import fetch
+from model import UserError
+
+# --------------------------------------------------------------------------------------------- rows
+
+
+def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """Read a file of JSON lines: pairs of a place ('line 7') and a row.
+
+    Raises UserError on a line that is not JSON.
+    """
+    with open(path, "rb") as file:
+        for n, line in enumerate(file, 1):
+            if line.strip():
+                try:
+                    yield f"line {n}", json.loads(line)
+                except ValueError as error:  # covers text that is not UTF-8, too
+                    raise UserError(
+                        f"{path}, line {n}: not a JSON object ({error}); fix or delete the line"
+                    ) from None
+
+
+def json_document(path: Path) -> Iterator[tuple[str, Any]]:
+    """Read one JSON array, or one BIG-bench task with its `examples`: pairs as json_lines gives."""
+    try:
+        document = json.loads(Path(path).read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error})") from None
+    rows = document["examples"] if isinstance(document, dict) else document
+    for n, row in enumerate(rows, 1):
+        yield f"entry {n}", row
+
+
+# Each of the next takes a row of a file and returns its question, answer, choices and steps as they
+# stand there.
+
+
+def plain_row(row: dict) -> tuple:
+    """`question`, `answer`, and optional `choices` and `steps`.
+
+    StrategyQA's files call the steps `facts` or `thought`.
+    """
+    question, answer = row["question"], row["answer"]
+    steps = row.get("steps", row.get("facts", row.get("thought")))
+    return question, answer, row.get("choices"), steps
+
+
+def gsm8k_row(row: dict) -> tuple:
+    work, _, answer = row["answer"].rpartition("####")
+    steps = re.sub(r"<<.*?>>", "", work)  # <<16-3=13>> are calculator marks
+    return row["question"], answer, None, steps
+
+
+def chat_row(row: dict) -> tuple:
+    return row["prompt"][0]["value"], row["final_answer"], row.get("choices"), None
+
+
+def aqua_row(row: dict) -> tuple:
+    question, answer = row["question"], row["correct"]
+    choices = {option[0]: option[2:] for option in row["options"]}
+    return question, answer, choices, row["rationale"]
+
+
+def bigbench_row(row: dict) -> tuple:
+    def place(option: str) -> bytes:
+        return hashlib.sha256((row["input"] + option).encode()).digest()
+
+    # The file lists the right option first. This order looks random and never changes.
+    options = sorted(row["target_scores"], key=place)
+    (right,) = [option for option in options if row["target_scores"][option]]
+    return row["input"], right, options, None
+
+
+# -------------------------------------------------------------------------------------------- tasks
+
+
+@dataclass(frozen=True)
+class Task:
+    """A benchmark: which file, how its rows are read, and how its answers are judged."""
+
+    name: str
+    kind: str | None  # kind of every answer; None: judged from each gold answer
+    file: str  # a name in SOURCES, or a path in this repository
+    rows: Callable[[Path], Iterator[tuple[str, Any]]] = json_lines
+    parse: Callable[[dict], tuple] = plain_row
+    tolerance: float = 0  # of numbers, see `grade`; 0 is exact
+    part: tuple[float, float] = (0, 1)  # the fraction of the file that is used
+    instruct: bool = True  # False: the prompt is the bare question
+
+
+ALL = (
+    Task("tiny", "number", "tiny/test.jsonl", instruct=False),
+    Task("tiny-train", "number", "tiny/train.jsonl", instruct=False),
+    Task("gsm8k", "number", "gsm8k_test.jsonl", parse=gsm8k_row),
+    Task("gsm8k-train", "number", "gsm8k_train.jsonl", parse=gsm8k_row),
+    Task("math500", "math", "math500.json", json_document, chat_row),
+    Task("aime2024", "number", "aime2024.json", json_document, chat_row),
+    Task("gpqa_diamond", "choice", "gpqa_diamond.json", json_document, chat_row),
+    # gsm_hard's gold answers are rounded floats.
+    Task("gsm_hard", "number", "gsm_hard.json", json_document, tolerance=1e-2),
+    Task("svamp", "number", "svamp.json", json_document),
+    Task("strategyqa", "yesno", "strategyqa_test.json", json_document),
+    Task(
+        "strategyqa-softcot-train", "yesno", "strategyqa_train.json", json_document, part=(0, 0.8)
+    ),
+    Task("strategyqa-softcot-test", "yesno", "strategyqa_train.json", json_document, part=(0.8, 1)),
+    Task("aqua", "choice", "aqua_test.json", parse=aqua_row),
+    Task("aqua-dev", "choice", "aqua_dev.json", parse=aqua_row),
+    Task("aqua-train", "choice", "aqua_train.json", parse=aqua_row),
+    Task("asdiv-aug", "number", "asdiv_aug_test.jsonl", parse=gsm8k_row, tolerance=1e-2),
+    Task("asdiv-aug-train", "number", "asdiv_aug_train.jsonl", parse=gsm8k_row, tolerance=1e-2),
+    Task("date_understanding", "choice", "date_understanding.json", json_document, bigbench_row),
+    Task("data", None, ""),  # the user's own --data FILE without a task
+)
+TASKS = {task.name: task for task in ALL}
+
+
+# ----------------------------------------------------------------------------------------- problems
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A question and its gold answer."""
+
+    id: str  # 'gsm8k-00017': the task and the place in its file
+    question: str
+    answer: str  # gold: number, LaTeX, letter of a choice, or yes/no, according to `kind`
+    kind: str  # 'number', 'math', 'choice' or 'yesno': how an answer is read and compared
+    choices: dict[str, str] | None = None  # letter -> text
+    steps: list[str] | None = None  # worked reasoning, line by line, for training
+
+
+def load(name: str, data: str | Path | None = None, limit: int | None = None) -> list[Problem]:
+    """Load the first `limit` problems of a task.
+
+    data: the user's own JSON lines (`question`, `answer`, optional `choices`, `steps`), read in
+    the place of the task's file; the task 'data' judges each answer's kind by itself.
+    Raises UserError for an unknown task, a file that cannot be had, and a row that is no problem.
+    """
+    if name not in TASKS:
+        near = difflib.get_close_matches(name, TASKS, n=3)
+        hint = f" (did you mean {' or '.join(near)}?)" if near else ""
+        raise UserError(f"no task {name!r}{hint}; the tasks are {', '.join(TASKS)}")
+    if limit is not None and limit < 1:
+        raise UserError(f"--limit {limit}: give a number of problems, 1 or more")
+    task = TASKS[name]
+    if data:
+        path, rows, parse, part = Path(data), json_lines, plain_row, (0, 1)
+    elif name == "data":
+        raise UserError("the task 'data' reads your own problems: name their file with --data FILE")
+    else:
+        path, rows, parse, part = fetch(task.file), task.rows, task.parse, task.part
+    try:
+        rows = list(rows(path))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; check the path") from None
+    start, stop = (int(fraction * len(rows)) for fraction in part)
+    if start == stop:
+        raise UserError(f"{path} holds no problems")
+    return [
+        make_problem(task, n, row, parse, f"{path}, {place}")
+        for n, (place, row) in enumerate(rows[start:stop][:limit], start)
+    ]
+
+
+def make_problem(task: Task, n: int, row: Any, parse: Callable, where: str) -> Problem:
+    """Make a Problem of row n of a file.
+
+    Raises UserError that begins with `where` if the row makes none.
+    """
+
+    def wrong(what: str) -> UserError:
+        return UserError(f"{where}: {what}")
+
+    try:
+        question, answer, choices, steps = parse(row)
+    except KeyError as error:
+        raise wrong(f"the field {error} is missing") from None
+    except (TypeError, AttributeError, IndexError, ValueError) as error:
+        raise wrong(f"not in the form that the task {task.name} needs ({error})") from None
+    if not isinstance(question, str) or not question.strip():
+        raise wrong("'question' is not a text, or empty")
+    if not isinstance(answer, (str, int, float)) or not str(answer).strip():
+        raise wrong("'answer' is not a text or a number, or empty")
+    if isinstance(answer, float) and answer.is_integer():
+        answer = int(answer)
+    answer = str(answer).strip()
+    if isinstance(choices, list):
+        choices = {chr(ord("A") + i): choice for i, choice in enumerate(choices)}
+    if choices is not None:
+        lettered = isinstance(choices, dict) and all(re.fullmatch("[A-Z]", key) for key in choices)
+        if not lettered or not choices:
+            raise wrong("'choices' is not a list of texts, or texts by letter A, B, ...")
+        choices = {letter: str(choice).strip() for letter, choice in choices.items()}
+    if isinstance(steps, str):
+        steps = steps.splitlines()
+    if steps is not None:
+        if not isinstance(steps, list):
+            raise wrong("'steps' is not a text or a list of texts")
+        steps = [str(step).strip() for step in steps if str(step).strip()]
+
+    verdict = {"true": "yes", "false": "no"}.get(answer.lower(), answer.lower())
+    if choices:
+        kind = "choice"
+    elif task.kind:
+        kind = task.kind
+    elif verdict in ("yes", "no"):
+        kind = "yesno"
+    else:
+        kind = "number" if readings(answer) else "math"
+    if kind == "choice":
+        if not choices:
+            raise wrong("'choices' is missing")
+        if answer not in choices:  # then it is the text of one
+            letter = next((key for key, text in choices.items() if text == answer), None)
+            if letter is None:
+                raise wrong(f"the answer {answer!r} is none of the choices")
+            answer = letter
+    elif kind == "yesno":
+        if verdict not in ("yes", "no"):
+            raise wrong(f"the answer {answer!r} is not yes, no, true or false")
+        answer = verdict
+    elif kind == "number" and not readings(answer):
+        raise wrong(f"the answer {answer!r} is not a number")
+    return Problem(f"{task.name}-{n:05d}", question.strip(), answer, kind, choices, steps)
+
+
+# ------------------------------------------------------------------------------------------ prompts
+
+INSTRUCTION = {
+    "number": "Think step by step. Then write the final answer, a number without its unit, inside "
+    "\\boxed{}.",
+    "math": "Think step by step. Then write the final answer, in its simplest form, inside "
+    "\\boxed{}.",
+    "choice": "Think step by step. Then write the letter of the right choice inside \\boxed{}.",
+    "yesno": "Think step by step. Then write yes or no inside \\boxed{}.",
+}
+
+
+def prompt(problem: Problem, task: Task) -> str:
+    """The user's message: question, choices one a line, and what form the answer takes."""
+    if not task.instruct:
+        return problem.question
+    choices = "\n".join(f"{letter}) {text}" for letter, text in (problem.choices or {}).items())
+    parts = (problem.question, choices, INSTRUCTION[problem.kind])
+    return "\n\n".join(part for part in parts if part)
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """A question as a method sees it: its text, and how answers are read, compared and counted."""
+
+    text: str
+    read: Callable[[str], str | None]
+    same: Callable[[str | None, str | None], bool]
+    form: str = ""  # tells a verifier in which form to answer
+    vote: Callable[..., int | None] = grading.vote
+
+
+def ask(problem: Problem, task: Task) -> Asked:
+    form = INSTRUCTION[problem.kind] if task.instruct else ""
+    return Asked(prompt(problem, task), *grading.reader(problem, task.tolerance), form)
+
+
+def ask_number(text: str, form: str = "") -> Asked:
+    """Somebody's own question, whose answer is read as a number."""
+    return Asked(text, *grading.reader(Problem("question", text, "", "number")), form)

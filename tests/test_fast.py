@@ -1,0 +1,266 @@
+"""lab/fast.py: every fast path computes what the plain model does."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from conftest import DTYPES, GOLDEN, ROOT, close, edit, write_tokenizer
+from make_golden import FAMILIES
+from test_decode import Greedy, greedy, run
+from torch import nn
+
+import model as M
+from lab import checkpoint, fast
+from lab.fast import Int8Linear, PackedLinear, hf_tensors, load
+from model import Config, KVCache, Prompt, Request, Transformer, UserError
+
+# --------------------------------------------------------------------------------- fused matrices
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hidden_states_and_logits_are_those_of_transformers(family, folder_of):
+    model, _ = load(str(folder_of(family)), "cpu", "float32")
+    assert isinstance(model.layers[0].self_attn, fast.FusedAttention)
+    assert isinstance(model.layers[0].mlp, fast.FusedMLP)
+    expected = safetensors.torch.load_file(GOLDEN / family / "expected.safetensors")
+    hidden = model(model.embed(expected["ids"])[None])
+    assert close(hidden[0], expected["hidden"], 1e-5)
+    logits = model.logits(hidden[0, -8:])
+    assert logits.dtype == torch.float32 and close(logits, expected["logits"], 1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_fused_models_tensors_are_the_files(family, dtype, folder_of):
+    folder = folder_of(family)
+    model, _ = load(str(folder), "cpu", dtype)
+    tensors = safetensors.torch.load_file(folder / "model.safetensors")
+    views = hf_tensors(model)
+    assert set(views) == set(tensors)
+    for name, view in views.items():
+        assert torch.equal(view, tensors[name].to(view.dtype)), name
+    before = model(model.embed(torch.arange(9))[None])
+    for view in views.values():  # views: writing to them changes the model
+        view.mul_(0.5)
+    assert not torch.equal(model(model.embed(torch.arange(9))[None]), before)
+    assert all(torch.equal(hf_tensors(model)[name], views[name]) for name in views)
+
+
+@pytest.mark.parametrize("family", ["llama3", "qwen2", "qwen3", "llama-bias"])
+def test_fused_decoding_says_what_plain_decoding_says(family, folder_of):
+    folder = str(folder_of(family))
+    (plain, _), (fused, _) = M.load(folder, "cpu", "float32"), load(folder, "cpu", "float32")
+    (tokens, logits), (found, its) = run(plain, 3), run(fused, 3)
+    assert found == tokens and all(close(its[i], logits[i], 1e-5) for i in logits)
+
+
+def test_gradients_through_a_fused_model_are_those_of_the_plain_one(folder_of):
+    folder, gradients = str(folder_of("qwen3")), []
+    for either in (M.load, load):
+        model, _ = either(folder, "cpu", "float32")
+        x = model.embed(torch.arange(9))[None].clone().requires_grad_()
+        model.logits(model(x))[0, -1].log_softmax(-1)[7].backward()
+        gradients.append(x.grad)
+    assert close(gradients[1], gradients[0], 1e-5)
+
+
+# ---------------------------------------------------------------------------------- other layouts
+
+
+@pytest.mark.skipif(
+    not fast.packs(torch.device("cpu"), torch.bfloat16),
+    reason="this processor has no bfloat16 instructions",
+)
+@pytest.mark.parametrize("family", ["llama3", "qwen2", "llama-bias"])
+def test_packed_weights_multiply_as_the_weights_do_and_follow_their_changes(family, folder_of):
+    model, _ = load(str(folder_of(family)), "cpu", "bfloat16")
+    x, linear = torch.randn(5, 1, 32).bfloat16(), model.layers[0].self_attn.qkv
+    assert isinstance(linear, PackedLinear)
+    for _ in range(2):
+        bias = None if linear.bias is None else linear.bias.double()
+        exact = F.linear(x.double(), linear.weight.double(), bias)
+        with torch.inference_mode():
+            assert close(linear(x).double(), exact, 4e-3)
+        with torch.no_grad():  # only decoding uses what is packed
+            assert torch.equal(linear(x), F.linear(x, linear.weight, linear.bias))
+            linear.weight.mul_(-0.5)
+    whole, _ = run(model, 3)
+    for m in model.modules():
+        if isinstance(m, nn.Linear):
+            assert isinstance(m, PackedLinear) and m.packed is not None
+    assert len(whole) == 9
+
+
+def test_weights_are_packed_where_decoding_asks_for_them_and_when_they_change(monkeypatch):
+    packed = []
+
+    def reorder(weight):  # what mkldnn does on a processor with bfloat16 instructions
+        packed.append(weight.clone())
+        return packed[-1]
+
+    def product(x, weight, bias, *rest):
+        return F.linear(x, weight, bias)
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", reorder, raising=False)
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", product, raising=False)
+    linear = nn.Linear(3, 2).requires_grad_(False)
+    layer, x = PackedLinear(linear), torch.randn(4, 3)
+    assert layer.weight is linear.weight and "packed" not in layer.state_dict()
+    assert torch.equal(layer(x), linear(x)) and not packed  # training: as it is
+    with torch.inference_mode():
+        assert torch.equal(layer(x), linear(x)) and len(packed) == 1
+        assert torch.equal(layer(x), linear(x)) and len(packed) == 1
+    linear.weight.mul_(-0.5)
+    with torch.inference_mode():
+        assert torch.equal(layer(x), linear(x)) and len(packed) == 2
+        made = PackedLinear(nn.Linear(3, 2))  # its weight does not tell when it changes
+        assert torch.equal(made(x), F.linear(x, made.weight, made.bias)) and len(packed) == 2
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+@pytest.mark.skipif(
+    torch.__version__.startswith("2.6"),
+    reason="Inductor of torch 2.6 writes C++ that does not compile",
+)
+def test_a_compiled_step_is_the_step(folder_of, capsys):
+    folder = folder_of("qwen3")
+    edit(folder, max_position_embeddings=512)
+    plain, _ = M.load(str(folder), "cpu", "float32")
+    compiled, _ = load(str(folder), "cpu", "float32", compile=True)
+    ids = torch.randint(0, 250, (300,), generator=torch.Generator().manual_seed(0))
+
+    def outs(model, order=(3, 60, 130, 300, 25)):
+        requests = [Request(Prompt(model.embed(ids[:n])), data=(n, 20)) for n in order]
+        found = greedy(model, requests, Greedy(model, 3), 3)
+        return {n: (tokens, logits) for n, tokens, logits in found}
+
+    graphs = torch._dynamo.utils.counters["stats"]
+    before, expected, found = graphs["unique_graphs"], outs(plain), outs(compiled)
+    for n, (tokens, logits) in expected.items():
+        assert found[n][0] == tokens and close(found[n][1], logits, 1e-5)
+    again = outs(compiled, (25, 300, 60, 3, 130))
+    assert all(torch.equal(again[n][1], found[n][1]) for n in found)
+    # Compiled once, for lengths of 64 to 320 and a cache that grew.
+    assert graphs["unique_graphs"] == before + 1
+    assert capsys.readouterr().err.count("compiled the step for 3 sequences in ") == 1
+
+
+def test_int8_by_hand():
+    linear = nn.Linear(3, 2, bias=True)
+    linear.weight.data = torch.tensor([[127.0, -64.0, 0.4], [0.0, 0.0, 0.0]])
+    linear.bias.data = torch.tensor([1.0, 2.0])
+    q = Int8Linear(linear)
+    assert q.weight.tolist() == [[127, -64, 0], [0, 0, 0]] and q.scale[0] == 1
+    assert q(torch.tensor([[1.0, 1.0, 1.0]])).tolist() == [[64.0, 2.0]]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_int8_weights_are_off_by_half_a_step_at_most(dtype, folder_of):
+    folder = str(folder_of("qwen3"))
+    (model, _), (small, _) = load(folder, "cpu", dtype), load(folder, "cpu", dtype, "int8")
+    linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    quantised = [m for m in small.modules() if isinstance(m, Int8Linear)]
+    assert len(quantised) == 2 * 4 + 1
+    for a, b in zip(linears, quantised, strict=True):
+        scale = b.scale[:, None].double()
+        off = (b.weight.double() * scale - a.weight.double()).abs()
+        assert (off <= scale * (0.5 + 1e-4)).all() and b.weight.abs().max() == 127
+        x = torch.randn(4, 7, a.in_features).to(a.weight.dtype)
+        exact = F.linear(x.double(), b.weight.double() * scale)
+        with torch.inference_mode():  # the kernel of few rows
+            assert close(b(x[:3]).double(), exact[:3], 4e-3)
+            assert close(b(x).double(), exact, 4e-3)  # of many
+        assert close(b(x).double(), exact, 8e-3)  # and of everything but decoding
+    assert torch.equal(model.embed.weight, small.embed.weight)
+    x = model.embed(torch.arange(20))[None]
+    assert close(small(x).float(), model(x).float(), 0.05)
+
+
+# ----------------------------------------------------------------------------------------- memory
+
+
+def test_as_many_rows_as_fit_and_a_line_where_none_does(folder_of, monkeypatch, capsys):
+    model, _ = load(str(folder_of("llama2")), "cpu", "float32")
+    c = model.config
+    position = 2 * c.layers * c.kv_heads * c.head_dim * 4
+    row = position * (64 + 20) + 32 * c.vocab_size  # 50 positions take up 64
+
+    def free(rows_of_memory):
+        there = (rows_of_memory * row + 20 * position) / 0.9
+        monkeypatch.setattr(checkpoint, "free_memory", lambda device: there)
+
+    for rows_of_memory, rows in ((100, 8), (8.01, 8), (7.99, 7), (1.01, 1)):
+        free(rows_of_memory)
+        assert model.plan(8, 20, 30) == rows
+        assert capsys.readouterr().err.count("\n") == (rows < 8)
+    # No longer than the context, which is 64 here.
+    assert model.plan(1, 20, 10**9) == 1
+    free(0.99)
+    said = "a sequence of 50 positions needs .* lower --max-new-tokens"
+    with pytest.raises(UserError, match=said):
+        model.plan(8, 20, 30)
+    plain, _ = M.load(str(folder_of("llama2", name="plain")), "cpu", "float32")
+    assert plain.plan(8, 20, 30) == 8  # the plain model plans nothing
+
+
+def test_the_plan_counts_what_the_cache_takes(folder_of):
+    model, _ = load(str(folder_of("llama2")), "cpu", "float32")
+    cache, c = KVCache(model, 3, 50), model.config
+    taken = sum(x.nbytes for x in cache.keys + cache.values)
+    position = 2 * c.layers * c.kv_heads * c.head_dim * 4
+    assert taken == 3 * position * (KVCache.rounded(50, model.device) + 1)
+
+
+@pytest.mark.parametrize("quantize", [None, "int8"])
+@pytest.mark.parametrize("family", ["llama2", "qwen2"])
+def test_the_bytes_of_the_weights_are_known_before(family, quantize, folder_of):
+    model, _ = load(str(folder_of(family)), "cpu", "float16", quantize)
+    said = fast.weight_bytes(model.config, torch.float16, quantize)
+    unique = {x.data_ptr(): x.nbytes for x in [*model.parameters(), *model.buffers()]}
+    if quantize is None:
+        assert said == sum(unique.values())
+    else:  # norms, scales and biases aside, which are little in a real model
+        assert abs(said - sum(unique.values())) < 0.1 * said
+
+
+MEMORY = """
+import re, sys
+from {module} import load
+def memory(): return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+load(sys.argv[1], "cpu", "bfloat16")  # what is imported on the way
+before = memory()
+model, _ = load(sys.argv[2], "cpu", "bfloat16")
+print(memory() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells the peak")
+@pytest.mark.skipif(
+    fast.packs(torch.device("cpu"), torch.bfloat16), reason="packed weights are a second copy"
+)
+@pytest.mark.parametrize("module", ["model", "lab.fast"])
+def test_loading_takes_hardly_more_memory_than_the_weights(module, folder_of, tmp_path):
+    config = FAMILIES["llama2"] | {"hidden_size": 512, "intermediate_size": 2048}
+    config |= {"num_hidden_layers": 12, "vocab_size": 50000}
+    with torch.device("meta"):
+        shapes = Transformer(Config.from_json(config)).named_parameters()
+    weights = {M.hf_name(n): torch.zeros(p.shape, dtype=torch.bfloat16) for n, p in shapes}
+    size, largest = sum(w.nbytes for w in weights.values()), 50000 * 512 * 2
+    safetensors.torch.save_file(weights, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    write_tokenizer(tmp_path, True)
+    used = subprocess.run(
+        [sys.executable, "-c", MEMORY.format(module=module), folder_of("llama2"), tmp_path],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    # One tensor at a time is mapped from its file.
+    assert size > 150e6 and int(used.stdout) < 1.15 * size + largest

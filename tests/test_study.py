@@ -1,0 +1,92 @@
+"""lab/study.py: what the records of Soft Reasoning amount to, and what its analysis counts."""
+
+import re
+
+import pytest
+import torch
+
+from baselines import sampling
+from lab import fast, study, tasks
+
+
+def test_equal_generations_and_equal_tokens_are_counted_question_by_question():
+    problems = [tasks.Problem("a", "q", "1", "number"), tasks.Problem("b", "q", "2", "number")]
+    soft = [
+        {"answers": ["1"] * 3, "answer_tokens": 25},
+        {"answers": ["2"] * 1, "answer_tokens": 100},
+    ]
+    sc = [
+        {"answers": ["9", "1", "1", "9", "9"], "tokens": [10] * 5, "weights": None},
+        {"answers": ["2", "9", "9"], "tokens": [10] * 3, "weights": None},
+    ]
+    task = tasks.TASKS["tiny"]
+    # 3 and 1 answers.
+    assert study.matched(soft, sc, problems, task, "generations") == (1.0, 20.0, 0)
+    # 2 and 3 answers: 9 and 9 win.
+    assert study.matched(soft, sc, problems, task, "tokens") == (0.0, 25.0, 1)
+
+
+def test_weights_count_at_equal_cost_and_the_dearest_answer_is_still_one():
+    problems, task = [tasks.Problem("a", "q", "1", "number")], tasks.TASKS["tiny"]
+    soft = [{"answers": ["1"] * 3, "answer_tokens": 5}]
+    branches = {"answers": ["1", "9", "9"], "tokens": [10] * 3, "weights": [0.9, 0.2, 0.3]}
+    assert study.matched(soft, [branches], problems, task, "generations") == (1.0, 30.0, 0)
+    branches["answers"] = ["9", "1", "1"]  # the first alone costs more than soft spent
+    assert study.matched(soft, [branches], problems, task, "tokens") == (0.0, 10.0, 0)
+
+
+def test_shares_by_hand():
+    records = [
+        {"any_correct": c, "generation_tokens": g, "verification_tokens": v, "rounds": n}
+        for c, g, v, n in (
+            (True, 100, 10, 1),
+            (False, 200, 30, 3),
+            (True, 300, 20, 1),
+            (True, 0, 0, 2),
+        )
+    ]
+    assert study.shares(records) == (
+        "soft: 75.0% have a right candidate (pass@k); tokens per question: 150 generated, "
+        "15 to verify; stopped after 1, 2, ... rounds: 50%, 25%, 25%"
+    )
+
+
+@pytest.fixture
+def model_of(folder_of):
+    """A fast model, whose gates have hooks, and its tokenizer."""
+    return fast.load(str(folder_of("qwen3")), "cpu", "float32")
+
+
+def test_active_neurons_are_those_whose_gate_is_above_zero(model_of):
+    """Nothing perturbed: the shares of the greedy continuation, counted from the start."""
+    model, tokenizer = model_of
+    ids = tokenizer.encode("one?")
+    found = study.active_neurons(model, ids, [torch.zeros(32)] * 2, 0.0, 0, "one?")
+    embeds, gates = model.embed(torch.tensor(ids)), []
+    for _ in range(5):
+        logits = model.logits(model(embeds[None])[0, -1])
+        embeds = torch.cat([embeds, model.embed(logits.argmax())[None]])
+    hooks = [
+        block.mlp.gate_up.register_forward_hook(lambda module, inputs, out: gates.append(out))
+        for block in model.layers
+    ]
+    model(embeds[None])
+    for hook in hooks:
+        hook.remove()
+    for (mean, std), gate in zip(found, gates, strict=True):
+        shares = (gate[0, -5:, : model.config.ffn] > 0).float().mean(-1)
+        assert mean == pytest.approx(shares.mean().item(), abs=1e-3)
+        assert std == pytest.approx(shares.repeat(2).std().item(), abs=1e-3)
+
+
+def test_the_study_has_a_line_for_each_layer_and_each_round_and_leaves_no_hooks(model_of):
+    model, tokenizer = model_of
+    settings = sampling.Settings(rounds=2, k=3, dimension=8, max_new_tokens=6, reward="coherence")
+    arguments = (model, tokenizer, "one?", settings, 3, sampling.reason, 20)
+    text = study.analyse(*arguments)
+    layers, rounds = text.split("\n\n")
+    assert len(re.findall(r"^ +\d+  0\.\d{4} \(", layers, re.MULTILINE)) == model.config.layers
+    assert len(re.findall(r"^ +\d+  +[\d.]+", rounds, re.MULTILINE)) == 2
+    assert not any(block.mlp.gate_up._forward_hooks for block in model.layers)
+    assert study.analyse(*arguments) == text  # of the seed alone
+    assert study.analyse(*arguments[:4], 4, *arguments[5:]) != text
