@@ -450,7 +450,11 @@ def decode(
         lengths = [n + 1 if request else 0 for n, request in zip(lengths, slots)]
         cache.reserve(max(lengths))
         seen = int(at.t[0]) if watch else 0
-        alive = replay() if replay else step() or at.live.tolist()
+        if replay:
+            alive = replay()
+        else:
+            step()
+            alive = at.live.tolist()
         if watch and int(at.t[0]) > seen:
             watch(tokens[0, seen], *(buffer[0, seen] for buffer in kept))
         for row, request in enumerate(slots):
