@@ -18,6 +18,7 @@ from model import UserError
 from softcot import Settings, Training
 
 __all__ = ["data", "loaded", "pair"]  # fixtures
+pytestmark = pytest.mark.usefixtures("one_thread")  # matrices this small are slower on two
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ from lab.training import checkpointed, epoch_order, hidden_after
 from softcot import Training
 
 __all__ = ["data", "loaded", "pair"]  # fixtures
+pytestmark = pytest.mark.usefixtures("one_thread")  # matrices this small are slower on two
 
 
 # ----------------------------------------------------------------------------------------- speed
@@ -199,8 +200,13 @@ def test_killed_and_continued_is_as_undisturbed(pair, data, tmp_path):
     assert trains(folders, data, tmp_path / "whole", "--dtype", "bfloat16", epochs=60) == 0
     program = str(ROOT / "tests" / "softcot_pair.py")
     command = [sys.executable, program, *folders, data, str(tmp_path / "cut")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command,
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=environment,
     )
     log = tmp_path / "cut" / "log.jsonl"
     while not log.exists() or log.read_text().count("\n") < 20:
