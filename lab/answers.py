@@ -114,7 +114,7 @@ BEGINS = re.compile(
 )
 # What shows, behind what was read, that it was part of something greater.
 GLUED = re.compile(
-    r" ?(?:[\^_*/!]|[-+] ?[\d\\(a-z]|[({] ?\d"
+    r":\d| ?(?:[\^_*/!]|[-+] ?[\d\\(a-z]|[({] ?\d"
     r"|\\(?:pi|sqrt|cdot|times|[dtc]?frac|ln|log|sin|cos|pm))"
     r"| ?[abcfijknpqrtuvwxyz](?:[-+*^=]| [-+*=] ?\d|$)"
 )
@@ -236,6 +236,8 @@ def choice_in(text: str, choices: dict[str, str]) -> str | None:
     strong = (
         rf"\b{one}\)?\s(?i:is|must be|would be|seems|looks|has to be)\s(?:(?i:the|clearly|indeed|"
         r"definitely|most|therefore|thus)\s){0,3}(?i:correct|right|best|true|answer|only|likely)"
+        rf"|\b{one}\)?\s(?:(?:best|only|clearly)\s)?(?:fits|works|matches|follows|holds|remains)\b"
+        rf"|\b(?i:thus|hence|so|therefore|leaves|leaving|only),?\s\(?{one}(?=[.!)\n]|$)"
         r"|(?i:\b(?:is|be|choose|chose|pick|picked|select|selected|with|for|on|to|gives|matches|say"
         r"|answer|final|choice|option|take|was)|'s|\bno,|\bwait,|=>|[→⇒:])"
         rf"\s?(?i:answer|option|choice|letter)?\s?"

@@ -176,6 +176,13 @@ class Reader:
             return self.logarithm(base, self.factor())
         if self.take(r"\\pi(?![a-z]) ?|π"):
             return math.pi
+        if self.take("e(?![a-zA-Z])"):
+            return math.e
+        if self.take(r"\| ?"):
+            inside = self.sum()
+            if not self.take(r" ?\|"):
+                raise NoValueError
+            return abs(inside)
         raise NoValueError
 
     def argument(self) -> Value:

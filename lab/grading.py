@@ -7,6 +7,7 @@ How an answer is found in a text is lab/answers.py, what a number's text stands 
 """
 
 import functools
+import re
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from types import ModuleType
@@ -75,7 +76,8 @@ def grade(extracted: str | None, gold: str, kind: str, tolerance: float = 0) -> 
         return any(abs(a - b) <= rough * min(1, abs(b)) for a, b in pairs if (a, b) not in exact)
     if normalise(extracted) == normalise(gold):
         return True
-    if len(extracted) >= 1000:  # no answer is as long, and it keeps math-verify busy for seconds
+    # No answer is as long or as nested, and it keeps math-verify busy for seconds.
+    if len(extracted) >= 1000 or re.search(r"[({\[-]{9}", extracted):
         return False
     judge = math_verify()
     return bool(judge) and judge.verify(judge.parse(f"${gold}$"), judge.parse(f"${extracted}$"))

@@ -6,8 +6,10 @@ SAYS = {"yes": "yes", "true": "yes", "yep": "yes", "yeah": "yes", "correct": "ye
 SAYS |= {"affirmative": "yes", "no": "no", "false": "no", "untrue": "no", "nope": "no"}
 SAYS |= {"incorrect": "no", "wrong": "no", "negative": "no"}
 FILL = r"(?: (?:a|an|the|be|been|say|said|to|quite|really|entirely|actually|always|strictly|simply"
-FILL += r"|necessarily|completely|exactly|generally|at all|answer|it|is|considered|clearly)){0,3}"
-NEGATION = rf"(?:(?:\b(?:not|never|hardly|cannot|neither)\b|n't\b){FILL} )"
+FILL += r"|it's|that|way|one can|necessarily|completely|exactly|generally|at all|answer|it|is"
+FILL += r"|considered|clearly)){0,5}"
+NEGATION = r"(?:(?:\b(?:not|never|hardly|cannot|neither|nobody can|far from|no(?= way| one can)"
+NEGATION += rf"|(?<!no )doubt(?:ful)?)\b|n't\b){FILL} )"
 # 'no' before a noun is no verdict: no doubt, no evidence.
 NO = r"no\b(?! (?!because|since|as\b|it\b|they|he\b|she\b|the\b|this|that|there|you|we\b|i\b"
 NO += r"|but|and)[a-z])"

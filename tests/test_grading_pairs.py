@@ -123,6 +123,64 @@ He has 3 + 4 = 7 apples. | 7 | yes
 It drops to -12 degrees. | -12 | yes
 So, 1/2 + 1/3 = 5/6 | 5/6 | yes
 The final answer is: **64** after 6 doublings. | 64 | yes
+\boxed{\frac{22}{7}} | 22/7 | yes
+So \boxed{3.14}. | 3.14 | yes
+\boxed{12 + 5i} | 12 | no
+\boxed{7^{2}-5} | 44 | yes
+\boxed{\text{C}} | 3 | no
+\boxed{24 \text{ hours and } 5 \text{ minutes}} | 24 | yes
+\boxed{1{,}024} | 1024 | yes
+\boxed{-\sqrt{25}} | -5 | yes
+\boxed{-\sqrt{25}} | 25 | no
+\boxed{\left(\frac{1}{2}\right)^3} | 0.125 | yes
+\boxed{4!+1} | 25 | yes
+\boxed{e^{0}} | 1 | yes
+\boxed{0} | 0 | yes
+\boxed{|{-3}|} | 3 | yes
+\boxed{3:4} | 3 | no
+\boxed{\$45.00} | 45 | yes
+\boxed{45.} | 45 | yes
+\boxed{10\%} | 10 | yes
+The answer is about 3.5 hours. | 3.5 | yes
+The answer is therefore 12. | 12 | yes
+Answer: $12$ | 12 | yes
+Final Answer: The final answer is $\boxed{204}$. I hope it is correct. | 204 | yes
+ANSWER: 25 | 25 | yes
+The answer is: \[ 25 \] | 25 | yes
+The answer is⏎⏎\[⏎25⏎\] | 25 | yes
+The answer is $x = 25$ | 25 | yes
+{"answer": "25 apples and 3 pears"} | 25 | yes
+{"answer": {"value": 25}} | 25 | yes
+{"result": 25} | 25 | yes
+Output: {"thought": "6*7", "answer": 42}⏎Done in 3 steps. | 42 | yes
+#### 42. | 42 | yes
+#### $42 | 42 | yes
+He pays 5 dollars each for 3, which is $15 in total. | 15 | yes
+It is 50% more, so 150. | 150 | yes
+\boxed{50\% \text{ of } 30} | 15 | no
+\boxed{2^{\frac{1}{2}}} | 2 | no
+\boxed{2\times 3 = 6} | 6 | yes
+\boxed{\lfloor 3.7 \rfloor} | 3.7 | no
+\boxed{\sum_{i=1}^{3} i} | 3 | no
+\boxed{2 \mod 5} | 2 | yes
+\boxed{a_3 = 8} | 8 | yes
+\boxed{f(2) = 9} | 9 | yes
+\boxed{m+n = 25} | 25 | yes
+\boxed{025} | 25 | yes
+\boxed{\mathbf{33}} | 33 | yes
+\boxed{33 }^{\circ} | 33 | yes
+\boxed{5 \, \text{km/h}} | 5 | yes
+\boxed{5\ \mathrm{m\,s^{-1}}} | 5 | yes
+\boxed{1.2 \times 10^{-3} \text{ m}} | 0.0012 | yes
+\boxed{2^{100}} | 1267650600228229401496703205376 | yes
+\boxed{\sqrt{2}} | 2 | no
+\boxed{9\sqrt{2}} | 9 | no
+\boxed{100 - 36 = 64} | 64 | yes
+\boxed{64 = 100 - 36} | 64 | yes
+\boxed{7!/5!} | 42 | yes
+\boxed{10^9+7} | 1000000007 | yes
+\boxed{2 + 3 \times 4} | 14 | yes
+\boxed{\frac{3+5}{2}} | 4 | yes
 """
 
 CHOICES = {"A": "a red light", "B": "12 km", "C": "120 km", "D": "the train"}
@@ -209,6 +267,34 @@ A) a red light⏎B) 12 km⏎C) 120 km⏎I choose B. | B | yes
 \boxed{B. 12\,\text{km}} | B | yes
 \boxed{\textbf{(D)}} | D | yes
 \boxed{A} or maybe (B) | A | yes
+{"answer": "A"} | A | yes
+"answer": "C",⏎"confidence": "B" | C | yes
+Answer: C | C | yes
+Therefore the answer is option C: 120 km. | C | yes
+So the answer would be B | B | yes
+I believe the correct answer is B, 12 km. | B | yes
+The correct choice is **B** | B | yes
+B is the correct answer. | B | yes
+Choice C | C | yes
+Therefore, (C). | C | yes
+Option C. | C | yes
+The answer is option (D) the train | D | yes
+Among the options, B fits best. | B | yes
+Only C works. | C | yes
+Eliminating A, B and D leaves C. | C | yes
+A | A | yes
+ANSWER: B | B | yes
+my final answer is D | D | yes
+The answer is B) 12 km | B | yes
+The answer is B: 12 km | B | yes
+Thus B. | B | yes
+So, D | D | yes
+Hence, option A | A | yes
+I think A is right. | A | yes
+The answer: C | C | yes
+```json⏎{"answer": "D"}⏎```⏎The answer uses A train. | D | yes
+$\boxed{\text{C}}$ | C | yes
+\boxed{C: 120 km} | C | yes
 """
 
 VERDICTS = r"""
@@ -266,6 +352,35 @@ Yeah, it can. | yes | yes
 The answer is 'yes'. | yes | yes
 The answer is **Yes**, since no bird is a fish. | yes | yes
 Nobody knows. | no | no
+So the answer is: no. | no | yes
+No, he could not. | no | yes
+Yes. | yes | yes
+The final answer is Yes | yes | yes
+False | no | yes
+It is not the case that the answer is yes. | no | yes
+It isn't true. | no | yes
+It's not true | no | yes
+I can't say it's true. | no | yes
+The answer is no, since it's not true. | no | yes
+That's true. | yes | yes
+This would not be true. | no | yes
+Therefore the claim is false. | no | yes
+Therefore, the statement is not true. | no | yes
+The answer is not no. | yes | yes
+The answer is: Not true | no | yes
+The answer cannot be yes. | no | yes
+The answer can't be yes, so it's no. | no | yes
+The answer is clearly yes. | yes | yes
+So, it's not true that all birds fly. | no | yes
+There is no way it is true. | no | yes
+Neither is true. | no | yes
+The claim does not hold, so the answer is no | no | yes
+It is doubtful that it is true | yes | no
+\boxed{\text{Not yes}} | no | yes
+<answer>not true</answer> | no | yes
+{"answer": "not true"} | no | yes
+It is far from true. | no | yes
+No one can say yes. | yes | no
 """
 
 LATEX = r"""
@@ -299,6 +414,18 @@ The answer is $\frac{1}{2}$. | \frac{1}{2} | yes
 <answer>$\frac{3}{4}$</answer> | \frac{3}{4} | yes
 <answer>x+1</answer> | x + 1 | yes
 {"answer": 0.5} | \frac{1}{2} | yes
+\boxed{\frac{1}{\sqrt{2}}} | \frac{1}{\sqrt{2}} | yes
+\boxed{x=\frac{10}{2}} | 5 | yes
+\boxed{1,2,3} | 1,2,3 | yes
+\boxed{2,3} | 23 | no
+The answer is $\boxed{\frac{3}{2}}$ | 1.5 | yes
+<answer>⏎\frac{1}{3}⏎</answer> | \frac{1}{3} | yes
+{"answer": "$\sqrt{2}$"} | \sqrt{2} | yes
+The answer is 5!. | 120 | yes
+\boxed{3m} | 3 | no
+Answer: $x^2$ | x^2 | yes
+"answer": "(3, 4)" | (3,4) | yes
+<answer>\{1,2\}</answer> | \{1,2\} | yes
 """
 
 TABLE = [
