@@ -31,12 +31,12 @@ SLOT = "\ue000soft thoughts\ue000"  # where the thoughts go in the rendered chat
 
 def placeholder(tokenizer: Tokenizer) -> int:
     """The id of [UNK], or of what the tokenizer has in its place."""
-    special = [tokenizer.special.get(f"{name}_token") for name in ("unk", "pad", "eos")]
-    ids = [tokenizer.core.token_to_id(token) for token in ("[UNK]", *special) if token]
+    unk, pad, eos = (tokenizer.special.get(f"{name}_token") for name in ("unk", "pad", "eos"))
+    names = "[UNK]", unk, "<|end_of_text|>", pad, eos  # the third as published, for Llama 3
+    ids = [tokenizer.core.token_to_id(name) for name in names if name]
     if known := [i for i in ids if i is not None]:
         return known[0]
-    lacks = "no [UNK], unknown, padding or end token to hold a thought's place"
-    raise UserError(f"the tokenizer has {lacks}: use another model")
+    raise UserError("the tokenizer has no unknown, padding or end token: use another model")
 
 
 def split_at_slot(text: str) -> tuple[str, str]:

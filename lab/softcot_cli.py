@@ -109,13 +109,12 @@ def train(
     if s.seed >= 1 << 63:
         raise UserError(f"--seed must be below 2^63, not {s.seed}")
     name = "data" if args.data and not args.task else args.task or "tiny"
-    if not args.data and f"{name}-train" in tasks.TASKS:
-        name = f"{name}-train"  # the task's own name is its test set
+    name = tasks.training(name, args.data)
     problems, task = tasks.load(name, args.data, args.limit), tasks.TASKS[name]
     if without := [p.id for p in problems if not p.steps]:
         raise UserError(
             f"{len(without)} of {len(problems)} problems of {args.data or name} have no worked "
-            f"steps to learn from ({without[0]} is the first): use gsm8k, aqua, asdiv-aug or tiny, "
+            f"steps to learn from ({without[0]} is the first): use {', '.join(tasks.TRAINING)}, "
             "or --data FILE with `steps`"
         )
     with locked(Path(args.folder)) as folder:

@@ -1,5 +1,8 @@
 """Where the files of the benchmarks come from, and how each is downloaded, checked and kept.
 
+Each is pinned by commit and SHA-256, but for three whose checksum is not known: AQuA's training
+file (its commit is pinned) and the two of ASDiv-Aug (the newest commit of its branch is used).
+
 Files are kept in $XDG_CACHE_HOME/soft-reasoning-reference, or in ~/.cache/soft-reasoning-reference
 where that variable is unset.
 """
@@ -24,10 +27,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @dataclass(frozen=True)
 class Source:
-    """A file of a repository at one commit."""
+    """A file of a repository at one commit, or of a branch whose commits are not known."""
 
     repository: str  # of GitHub, or of Hugging Face where it begins with 'datasets/'
-    commit: str
+    commit: str  # or the name of a branch
     path: str
     bytes: int | None = None
     sha256: str | None = None  # None: no checksum is known, and the user is told so
@@ -45,7 +48,7 @@ SOFT_REASONING = "alickzhu/Soft-Reasoning", "229b5f7803d930e685b4902fcef40c15daa
 STRATEGYQA = "eladsegal/strategyqa", "1ba1e97452e189569357876f2854b01357ffbe37"
 AQUA = "google-deepmind/AQuA", "26b64ed1f22208c6742f47df547dfd65088ec30d"
 ZERO_SHOT_COT = "kojima-takeshi188/zero_shot_cot", "5ef330fcdeec0cd26aee27943504f91f8ec1c33c"
-ASDIV_AUG = "datasets/xuyige/ASDiv-Aug", "main"
+ASDIV_AUG = "datasets/xuyige/ASDiv-Aug", "main"  # a branch: what it holds may change
 
 SOURCES = {  # name in the cache folder -> repository and commit, path, bytes, SHA-256
     "gsm8k_test.jsonl": Source(
@@ -149,7 +152,9 @@ def fetch(name: str) -> Path:
     if not path.exists():
         path = download(source, path)
     if source.sha256 is None:
-        print(f"{name}: no checksum is known for this file, it is used unverified", file=sys.stderr)
+        pin = "its commit" if len(source.commit) == 40 else "nothing, it may change at its source"
+        said = f"no checksum is known for this file, it is used unverified (pinned by {pin})"
+        print(f"{name}: {said}", file=sys.stderr)
         return path
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != source.sha256:

@@ -1,6 +1,6 @@
 """The problems of each benchmark, and the prompts that ask for their answers.
 
-    problems = load("gsm8k", limit=100)         # downloaded, checked by SHA-256, cached
+    problems = load("gsm8k", limit=100)         # downloaded, checked, cached
     text = prompt(problems[0], TASKS["gsm8k"])  # what the user says to the model
 
 A task is a file (lab/sources.py), a way to read its rows, and a kind of answer (lab/grading.py).
@@ -8,7 +8,6 @@ A task is a file (lab/sources.py), a way to read its rows, and a kind of answer 
 
 import difflib
 import hashlib
-import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,78 +16,10 @@ from typing import Any
 
 from lab import grading
 from lab.grading import readings
-from lab.sources import fetch
+from lab.rows import aqua_row, bigbench_row, chat_row, gsm8k_row
+from lab.rows import json_document, json_lines, plain_row
+from lab.sources import ROOT, SOURCES, fetch
 from model import UserError
-
-# --------------------------------------------------------------------------------------------- rows
-
-
-def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    """Read a file of JSON lines: pairs of a place ('line 7') and a row.
-
-    Raises UserError on a line that is not JSON.
-    """
-    with open(path, "rb") as file:
-        for n, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    yield f"line {n}", json.loads(line)
-                except ValueError as error:  # covers text that is not UTF-8, too
-                    raise UserError(
-                        f"{path}, line {n}: not a JSON object ({error}); fix or delete the line"
-                    ) from None
-
-
-def json_document(path: Path) -> Iterator[tuple[str, Any]]:
-    """Read one JSON array, or one BIG-bench task with its `examples`: pairs as json_lines gives."""
-    try:
-        document = json.loads(Path(path).read_bytes())
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error})") from None
-    rows = document["examples"] if isinstance(document, dict) else document
-    for n, row in enumerate(rows, 1):
-        yield f"entry {n}", row
-
-
-# Each of the next takes a row of a file and returns its question, answer, choices and steps as they
-# stand there.
-
-
-def plain_row(row: dict) -> tuple:
-    """`question`, `answer`, and optional `choices` and `steps`.
-
-    StrategyQA's files call the steps `facts` or `thought`.
-    """
-    question, answer = row["question"], row["answer"]
-    steps = row.get("steps", row.get("facts", row.get("thought")))
-    return question, answer, row.get("choices"), steps
-
-
-def gsm8k_row(row: dict) -> tuple:
-    work, _, answer = row["answer"].rpartition("####")
-    steps = re.sub(r"<<.*?>>", "", work)  # <<16-3=13>> are calculator marks
-    return row["question"], answer, None, steps
-
-
-def chat_row(row: dict) -> tuple:
-    return row["prompt"][0]["value"], row["final_answer"], row.get("choices"), None
-
-
-def aqua_row(row: dict) -> tuple:
-    question, answer = row["question"], row["correct"]
-    choices = {option[0]: option[2:] for option in row["options"]}
-    return question, answer, choices, row["rationale"]
-
-
-def bigbench_row(row: dict) -> tuple:
-    def place(option: str) -> bytes:
-        return hashlib.sha256((row["input"] + option).encode()).digest()
-
-    # The file lists the right option first. This order looks random and never changes.
-    options = sorted(row["target_scores"], key=place)
-    (right,) = [option for option in options if row["target_scores"][option]]
-    return row["input"], right, options, None
-
 
 # -------------------------------------------------------------------------------------------- tasks
 
@@ -132,6 +63,39 @@ ALL = (
     Task("data", None, ""),  # the user's own --data FILE without a task
 )
 TASKS = {task.name: task for task in ALL}
+TRAINING = [name for name in TASKS if name.endswith("-train")]  # the others are tests
+
+
+def training(name: str, data: str | Path | None = None) -> str:
+    """Name the task to train on where `name` is asked for: gsm8k-train for gsm8k.
+
+    data: the user's own file. Raises UserError for problems that an evaluation scores.
+    """
+    if data:
+        tests = {task.file: task.name for task in ALL if task.name not in TRAINING and task.file}
+        same = [test for file, test in tests.items() if same_file(Path(data), file)]
+        if not same:
+            return name
+        name, what = same[0], f"--data {data} is the file of the test {same[0]}"
+    elif name in ("data", *TRAINING) or name not in TASKS:  # unknown: `load` says so
+        return name
+    elif f"{name}-train" in TASKS:  # the task's own name is its test set
+        return f"{name}-train"
+    else:
+        what = f"{name} is a test, which `eval` scores"
+    near = [train for train in TRAINING if train.split("-")[0] == name.split("-")[0]] or TRAINING
+    raise UserError(f"{what}: train on {' or '.join(near)}")
+
+
+def same_file(path: Path, name: str) -> bool:
+    """Tell whether a file is the one of a name in SOURCES, or of a path in this repository."""
+    if not path.is_file():
+        return False
+    source = SOURCES.get(name)
+    if source:
+        known = source.sha256 and path.stat().st_size == source.bytes
+        return bool(known) and hashlib.sha256(path.read_bytes()).hexdigest() == source.sha256
+    return path.read_bytes() == (ROOT / name).read_bytes()
 
 
 # ----------------------------------------------------------------------------------------- problems
@@ -256,11 +220,21 @@ INSTRUCTION = {
 }
 
 
+def lists_choices(problem: Problem) -> bool:
+    """Tell whether the question itself lists every choice behind its letter, as GPQA's do."""
+    question = "".join(problem.question.split())
+    return bool(problem.choices) and all(
+        any(f"{letter}{mark}{''.join(text.split())}" in question for mark in (".", ")", ":"))
+        for letter, text in problem.choices.items()
+    )
+
+
 def prompt(problem: Problem, task: Task) -> str:
     """The user's message: question, choices one a line, and what form the answer takes."""
     if not task.instruct:
         return problem.question
-    choices = "\n".join(f"{letter}) {text}" for letter, text in (problem.choices or {}).items())
+    listed = {} if lists_choices(problem) else problem.choices or {}
+    choices = "\n".join(f"{letter}) {text}" for letter, text in listed.items())
     parts = (problem.question, choices, INSTRUCTION[problem.kind])
     return "\n\n".join(part for part in parts if part)
 

@@ -115,6 +115,25 @@ def test_the_placeholder_is_unk_or_what_the_tokenizer_has(folder_of):
         placeholder(tokenizer)
 
 
+@pytest.mark.parametrize(
+    "added, special, expected",
+    [
+        # Llama 3.1 and 3.2, Qwen2.5 and Qwen3, Llama 2, and an older tokenizer
+        (["<|end_of_text|>"], {"eos_token": "<|im_end|>"}, "<|end_of_text|>"),
+        (["<|end_of_text|>", "<|pad|>"], {"pad_token": "<|pad|>"}, "<|end_of_text|>"),
+        ([], {"eos_token": "<|im_end|>", "pad_token": "<|im_start|>"}, "<|im_start|>"),
+        (["<unk>"], {"unk_token": "<unk>", "pad_token": "<|im_start|>"}, "<unk>"),
+        (["<unk>", "<|end_of_text|>"], {"unk_token": "<unk>"}, "<unk>"),
+        (["[UNK]", "<unk>", "<|end_of_text|>"], {"unk_token": "<unk>"}, "[UNK]"),
+    ],
+)
+def test_the_placeholder_is_the_published_one(added, special, expected, folder_of):
+    tokenizer = Tokenizer(folder_of("qwen2"))
+    tokenizer.core.add_special_tokens(added)
+    tokenizer.special = special
+    assert tokenizer.core.id_to_token(placeholder(tokenizer)) == expected
+
+
 def test_a_template_that_hides_the_message_or_already_closed_the_thought(folder_of):
     folder = folder_of("qwen2")
     content = "messages[0]['content']"

@@ -248,6 +248,16 @@ def test_mistakes_are_one_line_and_exit_code_2(arguments, expected, pair, data, 
     assert expected in said(arguments, capsys)
 
 
+@pytest.mark.parametrize(
+    "task, right",
+    [("strategyqa", "strategyqa-softcot-train"), ("aqua-dev", "aqua-train")],
+)
+def test_training_on_a_test_is_refused(task, right, tmp_path, capsys):
+    error = said(["train", "--folder", str(tmp_path / "F"), "--task", task], capsys)
+    assert error == f"softcot.py: {task} is a test, which `eval` scores: train on {right}\n"
+    assert not (tmp_path / "F").exists()
+
+
 def test_training_needs_worked_steps(pair, tmp_path, capsys):
     data = tmp_path / "bare.jsonl"
     data.write_text('{"question": "1+1?", "answer": "2"}\n')
@@ -333,7 +343,8 @@ def test_a_projection_of_another_prompt_version_is_used_with_a_warning(
 
 
 @pytest.mark.parametrize(
-    "asked, used", [("gsm8k", "gsm8k-train"), ("tiny", "tiny-train"), ("strategyqa", "strategyqa")]
+    "asked, used",
+    [("gsm8k", "gsm8k-train"), ("tiny", "tiny-train")] + [("strategyqa-softcot-train",) * 2],
 )
 def test_training_on_a_task_uses_its_training_set(asked, used, monkeypatch, capsys):
     def load(name, data, limit):

@@ -15,7 +15,7 @@ import pytest
 
 from lab import sources
 from lab.grading import extract, grade
-from lab.tasks import TASKS, Problem, load, prompt
+from lab.tasks import TASKS, TRAINING, Problem, load, prompt, training
 from model import UserError
 
 
@@ -224,6 +224,59 @@ def test_own_problems_and_prompts(tmp_path):
     assert prompt(load("tiny", path, limit=1)[0], TASKS["tiny"]) == "1 + 1?"
 
 
+def test_choices_that_the_question_lists_are_not_listed_again():
+    choices = {"A": "red light", "B": "12.5 $\\mu$m", "C": "A. and B."}
+    task = TASKS["gpqa_diamond"]
+    for mark in (".", ")", ":"):
+        lines = "\n".join(f"{letter}{mark}  {text}" for letter, text in choices.items())
+        question = f"What is seen?\n{lines}"
+        text = prompt(Problem("x", question, "A", "choice", choices), task)
+        assert text.startswith(question + "\n\nThink") and text.count("red light") == 1
+    # Some of them, or their texts without their letters, are no list of them.
+    for question in (
+        "Which is it?\nA. red light\nB. blue",
+        "Is red light, 12.5 $\\mu$m or A. and B.?",
+    ):
+        text = prompt(Problem("x", question, "A", "choice", choices), task)
+        assert "A) red light\nB) 12.5 $\\mu$m\nC) A. and B." in text
+
+
+def test_each_choice_of_gpqa_stands_once_in_its_prompt(cache):
+    source = Path(os.environ.get("TASK_DATA", "/nowhere")) / "gpqa_diamond.json"
+    if not source.exists():
+        pytest.skip("set TASK_DATA to a folder that holds gpqa_diamond.json")
+    shutil.copy(source, cache)
+    for problem in load("gpqa_diamond"):
+        said = prompt(problem, TASKS["gpqa_diamond"]).removeprefix(problem.question)
+        assert not any(f"{letter}) " in said for letter in problem.choices), problem.id
+
+
+def test_what_is_trained_on_is_never_a_test(cache, tmp_path, monkeypatch):
+    for name in TRAINING:
+        assert training(name) == name
+    short = "gsm8k", "aqua", "asdiv-aug", "tiny"
+    assert [training(name) for name in short] == [f"{name}-train" for name in short]
+    assert (
+        training("data", tmp_path / "mine.jsonl") == "data" and training("nonsense") == "nonsense"
+    )
+    right = {"strategyqa": "strategyqa-softcot-train", "aqua-dev": "aqua-train"}
+    right["strategyqa-softcot-test"] = "strategyqa-softcot-train"
+    for name in set(TASKS) - {*TRAINING, *short, "data"}:
+        with pytest.raises(UserError) as error:
+            training(name)
+        remedy = right.get(name, " or ".join(TRAINING))
+        assert str(error.value) == f"{name} is a test, which `eval` scores: train on {remedy}"
+    # A copy of a test's file is that test, under any name.
+    put(monkeypatch, cache, "strategyqa_test.json", ROWS)
+    tests = {"tiny-train": sources.ROOT / "tiny" / "test.jsonl"}
+    tests["strategyqa-softcot-train"] = cache / "strategyqa_test.json"
+    for remedy, file in tests.items():
+        copy = shutil.copy(file, tmp_path / "mine.jsonl")
+        with pytest.raises(UserError, match=f"is the file of the test .*: train on {remedy}$"):
+            training("data", copy)
+    assert training("tiny", sources.ROOT / "tiny" / "train.jsonl") == "tiny"
+
+
 @pytest.mark.parametrize(
     "line, what",
     [
@@ -325,6 +378,16 @@ def test_no_network_names_the_address_and_the_place(cache):
     ) in str(error.value)
 
 
+def test_only_the_files_that_the_documents_name_are_pinned_by_less_than_a_checksum(capsys, cache):
+    loose = {name for name, source in sources.SOURCES.items() if source.sha256 is None}
+    assert loose == {"aqua_train.json", "asdiv_aug_train.jsonl", "asdiv_aug_test.jsonl"}
+    moving = {name for name, source in sources.SOURCES.items() if len(source.commit) != 40}
+    assert moving == {"asdiv_aug_train.jsonl", "asdiv_aug_test.jsonl"}
+    (cache / "aqua_train.json").write_text("")
+    sources.fetch("aqua_train.json")
+    assert "used unverified (pinned by its commit)" in capsys.readouterr().err
+
+
 def test_asdiv_aug_comes_from_hugging_face_or_by_hand(cache, monkeypatch, tmp_path, capsys):
     row = {"question": "Q?", "answer": "<<1+1=2>>\n#### 2"}
     hub = write_lines(tmp_path / "hub.jsonl", row)
@@ -336,7 +399,8 @@ def test_asdiv_aug_comes_from_hugging_face_or_by_hand(cache, monkeypatch, tmp_pa
     assert asked == [
         (("xuyige/ASDiv-Aug", "aug-dev.jsonl"), {"repo_type": "dataset", "revision": "main"})
     ]
-    assert "no checksum is known" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "no checksum is known" in error and "pinned by nothing" in error
 
     def refuse(*_, **__):
         raise OSError("offline")

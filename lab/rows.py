@@ -1,0 +1,77 @@
+"""How the files of the benchmarks are read: what a row is, and where it holds a problem."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from model import UserError
+
+
+def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """Read a file of JSON lines: pairs of a place ('line 7') and a row.
+
+    Raises UserError on a line that is not JSON.
+    """
+    with open(path, "rb") as file:
+        for n, line in enumerate(file, 1):
+            if line.strip():
+                try:
+                    yield f"line {n}", json.loads(line)
+                except ValueError as error:  # covers text that is not UTF-8, too
+                    raise UserError(
+                        f"{path}, line {n}: not a JSON object ({error}); fix or delete the line"
+                    ) from None
+
+
+def json_document(path: Path) -> Iterator[tuple[str, Any]]:
+    """Read one JSON array, or one BIG-bench task with its `examples`: pairs as json_lines gives."""
+    try:
+        document = json.loads(Path(path).read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error})") from None
+    rows = document["examples"] if isinstance(document, dict) else document
+    for n, row in enumerate(rows, 1):
+        yield f"entry {n}", row
+
+
+# Each of the next takes a row and returns its question, answer, choices and steps as they stand
+# there.
+
+
+def plain_row(row: dict) -> tuple:
+    """`question`, `answer`, and optional `choices` and `steps`.
+
+    StrategyQA's files call the steps `facts` or `thought`.
+    """
+    question, answer = row["question"], row["answer"]
+    steps = row.get("steps", row.get("facts", row.get("thought")))
+    return question, answer, row.get("choices"), steps
+
+
+def gsm8k_row(row: dict) -> tuple:
+    work, _, answer = row["answer"].rpartition("####")
+    steps = re.sub(r"<<.*?>>", "", work)  # <<16-3=13>> are calculator marks
+    return row["question"], answer, None, steps
+
+
+def chat_row(row: dict) -> tuple:
+    return row["prompt"][0]["value"], row["final_answer"], row.get("choices"), None
+
+
+def aqua_row(row: dict) -> tuple:
+    question, answer = row["question"], row["correct"]
+    choices = {option[0]: option[2:] for option in row["options"]}
+    return question, answer, choices, row["rationale"]
+
+
+def bigbench_row(row: dict) -> tuple:
+    def place(option: str) -> bytes:
+        return hashlib.sha256((row["input"] + option).encode()).digest()
+
+    # The file lists the right option first. This order looks random and never changes.
+    options = sorted(row["target_scores"], key=place)
+    (right,) = [option for option in options if row["target_scores"][option]]
+    return row["input"], right, options, None
