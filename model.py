@@ -188,10 +188,11 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Embeddings in, hidden states out; differentiable. Modules are named as in checkpoints.
 
-    `lab/fast.py` may replace `step` and `plan`, and set `recorder`, which makes of decode's step
-    one that is recorded once and replayed.
+    `lab/fast.py` may replace `step`, and set `planner`, which says how many rows fit in memory, and
+    `recorder`, which makes of decode's step one that is recorded once and replayed.
     """
 
+    planner: Callable | None = None
     recorder: Callable | None = None
 
     def __init__(self, config: Config):
@@ -252,7 +253,7 @@ class Transformer(nn.Module):
 
     def plan(self, rows: int, prompt: int, new: int) -> int:
         """How many of the rows to decode side by side, with so many positions each at most."""
-        return rows
+        return self.planner(self, rows, prompt, new) if self.planner else rows
 
 
 class KVCache:

@@ -9,7 +9,6 @@ plan of what fits in memory. Each can be read by itself; none is needed to under
 
 import sys
 from collections.abc import Callable
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -63,7 +62,7 @@ def load(
             raise
     if layer:
         model.lm_head = layer(model.lm_head)
-    model.plan = partial(plan, model)
+    model.planner = plan  # not bound to the model: a cycle would keep its memory
     if device.type == "cuda":
         model.recorder = Recorder
     if compile:

@@ -1,9 +1,11 @@
 """lab/fast.py: every fast path computes what the plain model does."""
 
+import gc
 import json
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,8 @@ from torch import nn
 import model as M
 from lab import checkpoint, fast
 from lab.fast import Int8Linear, PackedLinear, hf_tensors, load
-from model import Config, KVCache, Prompt, Request, Transformer, UserError
+from model import Config, KVCache, Prompt, Request, Transformer, UserError, decode
+from softcot import Sampler
 
 # --------------------------------------------------------------------------------- fused matrices
 
@@ -264,3 +267,17 @@ def test_loading_takes_hardly_more_memory_than_the_weights(module, folder_of, tm
     )
     # One tensor at a time is mapped from its file.
     assert size > 150e6 and int(used.stdout) < 1.15 * size + largest
+
+
+def test_a_model_s_memory_is_free_when_nobody_holds_it(folder_of):
+    """At once: training lets go of the assistant before it begins."""
+    model, _ = load(str(folder_of("qwen3")), "cpu", "float32")
+    prompt = Prompt(model.embed(torch.tensor([5, 80, 70])))
+    list(decode(model, [Request(prompt)], Sampler(model), 1, 3))
+    weight = weakref.ref(model.layers[0].self_attn.qkv.weight)
+    gc.disable()
+    try:
+        del model, prompt
+        assert weight() is None
+    finally:
+        gc.enable()
