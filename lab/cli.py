@@ -231,7 +231,9 @@ def answer(args: argparse.Namespace, settings: type, run: Callable, view: type) 
     asked = [tasks.ask_number(text, form)] * len(todo)
     rows = min(args.batch_size, samples * getattr(s, "at_once", 1))
     watch = view(tokenizer, s) if len(todo) == 1 else None
-    for _, record in view.run(run, model, tokenizer, asked, todo, s, args, rows, watch):
+    options = {"settings": s, "seed": args.seed, "batch_size": rows, "watch": watch}
+    options |= view.arguments(asked, todo, args)
+    for _, record in run(model, tokenizer, **options):
         if args.output:
             files.append(args.output, about | record | {"settings": kept})
         view.close(record, watch, model.device, gold)
@@ -267,7 +269,9 @@ def score(
         def solve(jobs: list[tuple[tasks.Problem, int]]) -> Iterator[tuple]:
             asked = [tasks.ask(problem, task) for problem, _ in jobs]
             numbers = [sample for _, sample in jobs]
-            for i, record in view.run(run, model, tokenizer, asked, numbers, s, args, rows, None):
+            options = {"settings": s, "seed": args.seed, "batch_size": rows}
+            options |= view.arguments(asked, numbers, args)
+            for i, record in run(model, tokenizer, **options):
                 yield *jobs[i], record
 
         return solve

@@ -4,7 +4,7 @@ import argparse
 import os
 import resource
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -47,19 +47,10 @@ class Thought:
         pass
 
     @staticmethod
-    def run(
-        think: Callable,
-        model: Transformer,
-        tokenizer: Tokenizer,
-        asked: list,
-        samples: list[int],
-        s: Any,
-        args: argparse.Namespace,
-        rows: int,
-        watch: Callable | None,
-    ) -> Iterator[tuple[int, dict]]:
+    def arguments(asked: list, samples: list[int], args: argparse.Namespace) -> dict:
+        """What `think` is given beside what every method is."""
         questions = [a.text for a in asked]
-        return think(model, tokenizer, questions, s, args.seed, samples, rows, args.trace, watch)
+        return {"questions": questions, "samples": samples, "trace": args.trace}
 
     def __init__(self, tokenizer: Tokenizer, s: Any):
         self.tokenizer, self.out, self.was_thinking = tokenizer, sys.stdout, True
@@ -149,18 +140,8 @@ class Search:
         study.compare(records, methods, problems, task)
 
     @staticmethod
-    def run(
-        reason: Callable,
-        model: Transformer,
-        tokenizer: Tokenizer,
-        asked: list,
-        samples: list[int],
-        s: Any,
-        args: argparse.Namespace,
-        rows: int,
-        watch: Callable | None,
-    ) -> Iterator[tuple[int, dict]]:
-        return reason(model, tokenizer, asked, s, args.seed, rows, watch)
+    def arguments(asked: list, samples: list[int], args: argparse.Namespace) -> dict:
+        return {"questions": asked}
 
     def __init__(self, tokenizer: Tokenizer, s: Any):
         self.points: list[dict] = []
