@@ -42,12 +42,9 @@ class GP:
     ):
         self.x = _read("x", x, None, None).clone()  # must not change with the caller's array
         self.y = _read("y", y, len(self.x)).clone()
-        self.lengthscale = _read("lengthscale", lengthscale).item()
-        self.variance = _read("variance", variance).item()
+        self.lengthscale = _read_positive("lengthscale", lengthscale)
+        self.variance = _read_positive("variance", variance)
         self.noise = _read("noise", noise).item()
-        for name, value in ("lengthscale", self.lengthscale), ("variance", self.variance):
-            if value <= 0:
-                raise ValueError(f"{name}: must be greater than 0, got {value}")
         if self.noise < 0:
             raise ValueError(f"noise: must be at least 0, got {self.noise}")
         self.z, self.y_mean, self.y_std = _standardise(self.y)
@@ -72,22 +69,21 @@ class GP:
         return _log_likelihood(self.L, self.z).item()
 
     @classmethod
-    def fit(cls, x: Tensor, y: Tensor) -> "GP":
+    def fit(cls, x: Tensor, y: Tensor, spread: float = 1.0) -> "GP":
         """GP(x, y, lengthscale, 1.0, noise) of the largest marginal likelihood times prior (grid).
 
-        The lengthscale's prior, LogNormal(sqrt 2 + log(d) / 2, sqrt 3) (Hvarfner et al. 2024, arXiv
-        2402.02229), grows with sqrt(d) as distances do: a lengthscale of 1 would make all points in
-        50 dimensions unrelated. For x of about unit scale: [0, 1]^d, N(0, I). Raises ValueError.
+        spread: standard deviation of a coordinate in the region to search: 1 for N(0, I), 1 /
+        sqrt(12) for [0, 1]^d. Half the distance sqrt(2 d) spread of two of its points is where the
+        log lengthscale's prior, normal with std 0.5, is centred: it is tight because a few points
+        in many dimensions say little of the lengthscale. Raises ValueError.
         """
         x = _read("x", x, None, None)
         y = _read("y", y, len(x))
-        d = x.shape[1]
-        lengthscale = math.sqrt(d) * torch.logspace(math.log10(0.05), 1, 20, dtype=x.dtype)  # [20]
+        centre = math.sqrt(x.shape[1] / 2) * _read_positive("spread", spread)
+        lengthscale = centre * torch.logspace(-1, 1, 20, dtype=x.dtype)  # [20]
         noise = torch.logspace(-6, -1, 5, dtype=x.dtype)  # [5]
-        K = _matern(x, x, lengthscale[:, None, None])  # [20, n, n]
-        L = _cholesky(K[:, None], noise)  # [20, 5, n, n]
-        log_l = lengthscale.log()[:, None]  # [20, 1]; the prior leaves out its constants
-        log_prior = -(log_l - math.sqrt(2) - math.log(d) / 2).square() / (2 * 3) - log_l
+        L = _cholesky(_matern(x, x, lengthscale[:, None, None, None]), noise)  # [20, 5, n, n]
+        log_prior = -((lengthscale / centre).log() / 0.5).square()[:, None] / 2  # [20, 1]
         best = int((_log_likelihood(L, _standardise(y)[0]) + log_prior).argmax())
         return cls(x, y, lengthscale[best // 5], 1.0, noise[best % 5])
 
@@ -149,8 +145,7 @@ def upper_confidence_bound(mean: Tensor, std: Tensor, kappa: float = 2.0) -> Ten
 
 SCORES = {  # what suggest ranks by: (mean, std, best) -> [m]
     "ei": log_expected_improvement,
-    # ranks as PI would, did it not round to 0 and 1
-    "pi": lambda mean, std, best: (mean - best) / std.clamp(min=1e-300),
+    "pi": lambda mean, std, best: (mean - best) / std.clamp(min=1e-300),  # PI's order, unrounded
     "ucb": lambda mean, std, best: upper_confidence_bound(mean, std),
 }
 
@@ -198,14 +193,13 @@ def suggest(
 
 
 def _vary(x: Tensor, candidates: Tensor, reach: float, generator: torch.Generator | None) -> Tensor:
-    """m variations [m, d] of x [d]: some coordinates moved towards those of random candidates."""
+    """256 variations of x [d]: some coordinates moved towards those of random candidates."""
     # From one coordinate to all: in many dimensions a step in all makes every variation equally far
     # and equally poor (Regis & Shoemaker 2013). Convex: a box around the candidates is never left.
-    m = 256
-    towards = candidates[torch.randint(len(candidates), (m,), generator=generator)]  # [m, d]
-    share = torch.rand(m, 1, generator=generator, dtype=x.dtype).square().clamp(min=1 / len(x))
-    moved = torch.rand(towards.shape, generator=generator, dtype=x.dtype) < share  # [m, d]
-    step = reach * torch.rand(m, 1, generator=generator, dtype=x.dtype)
+    towards = candidates[torch.randint(len(candidates), (256,), generator=generator)]  # [256, d]
+    share = torch.rand(256, 1, generator=generator, dtype=x.dtype).square().clamp(min=1 / len(x))
+    moved = torch.rand(towards.shape, generator=generator, dtype=x.dtype) < share  # [256, d]
+    step = reach * torch.rand(256, 1, generator=generator, dtype=x.dtype)
     return torch.where(moved, x + step * (towards - x), x)
 
 
@@ -260,6 +254,12 @@ def _read(name: str, value: Tensor, *shape: int | None) -> Tensor:
     if not value.isfinite().all():
         raise ValueError(f"{name}: contains NaN or infinity")
     return value
+
+
+def _read_positive(name: str, value: float) -> float:
+    if (number := _read(name, value).item()) <= 0:
+        raise ValueError(f"{name}: must be greater than 0, got {number}")
+    return number
 
 
 def _read_belief(mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:

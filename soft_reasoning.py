@@ -183,13 +183,16 @@ def search(
         # Fit the Gaussian process to all points, and choose k more by Expected Improvement.
         f = [point["reward"] for point in points]
         gp = GP.fit([point["u"] for point in points], f)
+        unverified = s.reward != "coherence" and not any(p["reward_verifier"] for p in points)
+        if unverified:  # +1 is still to be had: f's std is then 0.5 or more, not the coherences'
+            gp = GP(gp.x, gp.y, gp.lengthscale, max(1, (0.5 / gp.y_std) ** 2), gp.noise)
         if s.acquisition == "random":
             U = torch.randn(s.k, d, generator=generator, dtype=torch.float64)
             expected = expected_improvement(*gp.posterior(U), max(f))
         else:
             U, expected = suggest(gp, s.k, acquisition=s.acquisition, generator=generator)
         ei = expected.tolist()
-        if s.stop_on == "ei" and max(ei) < s.stop_threshold:
+        if s.stop_on == "ei" and max(ei) < s.stop_threshold and not unverified:
             stopped_by = "ei"
             break
     text, spent = chosen(question, points, verdicts, s.select), sum(v["tokens"] for v in verdicts)
@@ -201,8 +204,7 @@ def search(
 def verify(model: Transformer, tokenizer: Tokenizer, q: Question, texts: list[str]) -> Generator:
     """y_v: the same model's answer when it is shown the question and the candidates.
 
-    They are shown with their thoughts if that leaves a quarter of the context for the reply, else
-    without; if that is too long too, there is no answer and no reward.
+    They keep their thoughts if that leaves a quarter of the context; else without; else no answer.
     """
     context = model.config.context
     for whole in (True, False):
@@ -278,9 +280,8 @@ def reason(
 ) -> Iterator[tuple[int, dict]]:
     """Search for many questions in one batch; yields (index, record) as each is finished.
 
-    batch_size sequences are decoded side by side (default: as many as the questions can use at
-    once, at most 16). A record is what `record` returns, seconds, points and verdicts as `search`
-    makes them, rounds, and stopped_by: "ei", "gain" or "rounds". UserError for what is too long.
+    batch_size: sequences decoded side by side (default: all that can be used, at most 16). A record
+    is `record`'s, with seconds and all that `search` adds; stopped_by is "ei", "gain" or "rounds".
     """
     if settings.dimension > model.config.d:
         larger = f"{settings.dimension} is larger than the embedding's {model.config.d}"

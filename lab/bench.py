@@ -6,6 +6,7 @@
     python -m lab.bench --model smollm2-135m --assistant tiny/assistant --against transformers
     python -m lab.bench --gp --against botorch
     python -m lab.bench --regret --against botorch --repeats 20
+    python -m lab.bench --search --against botorch --repeats 100
 
 Decoding one sequence reads every weight once, so bytes read per step / memory bandwidth is the
 least time that a step can take; the bandwidth is measured in the same run. What is compared runs in
@@ -28,8 +29,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import soft_reasoning
 import softcot
-from lab import bench_search, bench_training, checkpoint, cli, fast, files, peers, timing
+from lab import bench_landscapes, bench_search, bench_training, checkpoint, cli
+from lab import fast, files, peers, timing
 from lab.timing import Clock
 from model import Prompt, Request, Tokenizer, Transformer, UserError, check_prompt, decode
 from model import weight_paths
@@ -218,7 +221,8 @@ def read_arguments(arguments: list[str]) -> argparse.Namespace:
     add("--assistant", help="a SoftCoT training step with this assistant, too")
     add("--gp", **switch, help="the Gaussian process instead of a model: time")
     add("--regret", **switch, help="the Gaussian process instead of a model: how well it searches")
-    which = "transformers, llama.cpp; with --gp and --regret botorch"
+    add("--search", **switch, help="Soft Reasoning's search: how often it finds what is rare")
+    which = "transformers, llama.cpp; with --gp, --regret and --search botorch"
     add("--against", default="", help=f"peers, with commas, where they are installed: {which}")
     sizes = {"type": int, "nargs": "+", "default": [1, 5, 16, 64]}
     add("--batch", **sizes, help="batch sizes (default: 1 5 16 64)")
@@ -236,15 +240,16 @@ def command(arguments: list[str]) -> int:
     args = read_arguments(arguments)
 
     def body() -> None:
-        if not args.gp and not args.regret and not args.model:
-            raise UserError("nothing to measure: pass --model NAME, --gp, or --regret")
+        of_gp = args.gp or args.regret or args.search
+        if not of_gp and not args.model:
+            raise UserError("nothing to measure: pass --model NAME, --gp, --regret, or --search")
         cli.at_least(args, prompt=1, tokens=8, repeats=1)
         if min(args.batch) < 1:
             raise UserError(f"--batch must be at least 1, not {min(args.batch)}")
         if args.json and not Path(args.json).resolve().parent.is_dir():
             raise UserError(f"cannot write {args.json}: make its folder first")
         args.against = [name for name in args.against.split(",") if name]
-        there = ["botorch"] if args.gp or args.regret else list(peers.PEERS)
+        there = ["botorch"] if of_gp else list(peers.PEERS)
         if wrong := [name for name in args.against if name not in there]:
             raise UserError(f"--against: no peer {wrong[0]!r} here; there is {', '.join(there)}")
         numbers = {}
@@ -252,6 +257,8 @@ def command(arguments: list[str]) -> int:
             lines = bench_search.measure_gp(args.against, args.repeats)
         elif args.regret:
             lines = bench_search.measure_regret(args.against, args.repeats)
+        elif args.search:
+            lines, numbers = bench_landscapes.measure(soft_reasoning, args)
         else:
             lines, numbers = bench_decoding(args)
             lines += ["", *bench_training.measure(softcot, args)] if args.assistant else []

@@ -5,10 +5,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import ROOT
 
 from lab import bench as program
-from lab import bench_training, tasks
+from lab import bench_landscapes, bench_training, tasks
 from model import UserError
 
 
@@ -50,6 +51,35 @@ def test_the_bundled_model_is_measured(tmp_path):
     assert "SoftCoT training step of tiny/base" in ran.stdout and "| ours | " in ran.stdout
 
 
+def test_the_search_is_measured_beside_random(tmp_path):
+    file = tmp_path / "search.json"
+    options = "--search --repeats 2 --against botorch --device cpu --dtype float32 --json"
+    ran = bench(*options.split(), str(file))
+    assert ran.returncode == 0, ran.stderr
+    found = json.loads(file.read_text())["found"]
+    assert {"random", "search"} <= set(found) and {len(x) for x in found.values()} == {2 * 8}
+    rows = [line for line in ran.stdout.splitlines() if "informative |" in line]
+    assert len(rows) == 8 and "| random, landscapes | 25.0 | 5.0 | 0.0% |" in ran.stdout
+    searches = [line for line in ran.stdout.splitlines() if line.startswith("| search, ")]
+    assert len(searches) == 2 and all(line.endswith("| 0.0% |") for line in searches)
+
+
+def test_a_made_landscape_is_as_rare_as_it_says_and_coherence_points_to_it_or_not():
+    g = torch.Generator().manual_seed(0)
+    for name, share in zip(bench_landscapes.LANDSCAPES, (0.05, 0.05, 0.05, 0.1)):
+        x, shares, slopes = torch.randn(4000, bench_landscapes.D, generator=g), [], {}
+        for informative in (True, False):
+            slopes[informative] = 0.0
+            for seed in range(10):
+                right, coherence = bench_landscapes.landscape(name, informative, seed)(x)
+                assert (coherence > 0).all() and (coherence <= 1).all()
+                shares.append(right.float().mean())
+                gap = coherence[right].mean() - coherence[~right].mean()
+                slopes[informative] += gap.item() / 10
+        assert sum(shares) / 20 == pytest.approx(share, abs=0.015)
+        assert slopes[True] > 0.01 and abs(slopes[False]) < 0.005
+
+
 @pytest.mark.parametrize(
     "arguments, expected",
     [
@@ -58,6 +88,7 @@ def test_the_bundled_model_is_measured(tmp_path):
             ["--model", "tiny/base", "--against", "vllm"],
             "no peer 'vllm' here; there is transformers, llama.cpp",
         ),
+        (["--search", "--against", "vllm"], "no peer 'vllm' here; there is botorch"),
         (["--gp", "--against", "transformers"], "no peer 'transformers' here; there is botorch"),
         (["--model", "tiny/base", "--tokens", "2"], "--tokens must be at least 8, not 2"),
         (["--model", "tiny/base", "--quantize", "int4"], "invalid choice: 'int4'"),

@@ -68,7 +68,7 @@ from gp import (
     suggest,
     upper_confidence_bound,
 )
-from lab.bench_search import at_random, regret
+from lab.bench_search import CUBE, at_random, regret
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "gp.json").read_text())
 NAN, INF = float("nan"), float("inf")
@@ -248,19 +248,49 @@ def test_believing_the_mean_leaves_the_mean_and_lowers_the_std():
 
 
 def test_fit_takes_the_most_probable_of_its_grid():
-    x, y, _ = data(15, 3)
+    def chosen(x, y, spread, log_prior):
+        """The best of the grid by this log prior of (lengthscale, its centre)."""
+        centre = spread * math.sqrt(x.shape[1] / 2)
+        lengthscales = [centre * 10 ** (-1 + 2 * i / 19) for i in range(20)]
+        noises = [10 ** (-6 + 1.25 * j) for j in range(5)]
 
-    def objective(lengthscale, noise):
-        log_l = math.log(lengthscale)
-        prior = -((log_l - math.sqrt(2) - math.log(3) / 2) ** 2) / 6 - log_l
-        return GP(x, y, lengthscale, 1.0, noise).log_marginal_likelihood() + prior
+        def objective(at):
+            prior = log_prior(at[0], centre)
+            return GP(x, y, at[0], 1.0, at[1]).log_marginal_likelihood() + prior
 
-    gp = GP.fit(x, y)
-    ratio = 200 ** (1 / 19)  # 0.05 to 10 in twenty steps, 1e-6 to 1e-1 in five
-    lengthscales = [math.sqrt(3) * 0.05 * ratio**i for i in range(20)]
-    noises = [10 ** (-6 + 1.25 * j) for j in range(5)]
-    grid = itertools.product(lengthscales, noises)
-    close([gp.lengthscale, gp.noise], max(grid, key=lambda at: objective(*at)))
+        return max(itertools.product(lengthscales, noises), key=objective)
+
+    def prior(lengthscale, centre):
+        return -(math.log(lengthscale / centre) ** 2) / (2 * 0.5**2)
+
+    wrong = {  # each must choose otherwise somewhere, or the test would not notice it
+        "no prior": lambda l, c: 0.0,
+        "a std of sqrt 3": lambda l, c: -(math.log(l / c) ** 2) / (2 * 3),
+        "a variance of 0.5": lambda l, c: -(math.log(l / c) ** 2) / (2 * 0.5),
+        "a density of l": lambda l, c: prior(l, c) - math.log(l),
+        "a centre for sqrt d": lambda l, c: prior(l, c * math.sqrt(2)),
+        "a centre for [0, 1]^d": lambda l, c: prior(l, c / math.sqrt(12)),
+        "one too large": lambda l, c: prior(l, c * math.exp(math.sqrt(2))),
+    }
+    noticed = set()
+    for seed, (n, d, spread) in enumerate([(15, 3, 1.0), (5, 50, 1.0), (20, 6, 0.29), (10, 50, 3)]):
+        x, y, _ = data(n, d, seed)
+        x = x * spread
+        gp = GP.fit(x, y, spread)
+        right = chosen(x, y, spread, prior)
+        close([gp.lengthscale, gp.noise], right)
+        noticed |= {name for name in wrong if chosen(x, y, spread, wrong[name]) != right}
+    assert noticed == set(wrong)
+
+
+def test_fit_is_told_the_scale_of_its_region():
+    x, y, _ = data(12, 4)
+    one, ten = GP.fit(x, y), GP.fit(10 * x, y, 10)
+    close([ten.lengthscale, ten.noise], [10 * one.lengthscale, one.noise])
+    alone = GP.fit([[0.0] * 50], [1.0], 0.3).lengthscale
+    assert (
+        0.8 < alone / (0.3 * 5) < 1.25
+    )  # one point says nothing: the prior's centre, sqrt(50 / 2)
 
 
 def test_fit_sees_noise_and_a_trend_in_fifty_dimensions():
@@ -345,6 +375,8 @@ def one_point():
         ("lengthscale: contains NaN", lambda: GP([[1.0]], [1.0], NAN)),
         ("lengthscale: expected shape .., got .2.", lambda: GP([[1.0]], [1.0], [1.0, 2.0])),
         ("variance: must be greater than 0, got 0", lambda: GP([[1.0]], [1.0], 1.0, 0.0)),
+        ("spread: must be greater than 0, got 0", lambda: GP.fit([[1.0]], [1.0], 0)),
+        ("spread: contains NaN", lambda: GP.fit([[1.0]], [1.0], NAN)),
         ("noise: must be at least 0, got -1", lambda: GP([[1.0]], [1.0], 1.0, 1.0, -1.0)),
         (
             "xs: expected shape .at least 1, 1., got .1, 2.",
@@ -426,7 +458,7 @@ def test_suggest_draws_from_a_standard_normal_by_default():
 def test_search_beats_random_search(name, factor):
     def searching(x, y, g):
         box = torch.rand(1000, x.shape[1], generator=g, dtype=torch.float64)
-        return suggest(GP.fit(x, y), 5, box, generator=g)[0]
+        return suggest(GP.fit(x, y, CUBE), 5, box, generator=g)[0]
 
     ours = [regret(name, seed, searching) for seed in range(5)]
     chance = [regret(name, seed, at_random) for seed in range(5)]

@@ -2,12 +2,15 @@
 
 import json
 import math
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
 
+from gp import GP, expected_improvement
 from lab import tasks
 from model import At, Prompt, Request, UserError, decode, load, split_thought
 from soft_reasoning import (
@@ -221,6 +224,51 @@ def test_it_stops_when_nothing_more_is_expected_or_gained_or_after_the_rounds(ti
     assert (record["stopped_by"], record["rounds"]) == ("gain", 2)
     assert all(p["ei"] is None for p in record["points"][:5])
     assert all(p["ei"] >= 0 for p in record["points"][5:])
+
+
+@pytest.mark.parametrize("options", [{}, {"reward": "verifier"}, {"acquisition": "random"}])
+def test_expected_improvement_ends_no_search_while_nothing_is_verified(options, tiny_model):
+    """Coherences are nearly alike, so of them alone nothing is expected."""
+
+    def objective(right, g):
+        if g.offset is None:
+            return said("7")
+        return said("7" if right else "1", 0.9 + 1e-5 * float(g.offset[0]))
+
+    question, settings = tasks.ask_number("q"), Settings(dimension=8, **options)
+    record, _ = drive(*tiny_model, question, settings, partial(objective, False))
+    assert (record["stopped_by"], record["rounds"]) == ("rounds", 5)
+    assert all(p["ei"] > settings.stop_threshold for p in record["points"][5:])
+    record, _ = drive(*tiny_model, question, settings, partial(objective, True))
+    stopped = record["stopped_by"], record["rounds"]
+    assert stopped == (("ei", 1) if settings.reward == "both" else ("rounds", 5))
+    coherence_alone = replace(settings, reward="coherence")
+    record, _ = drive(*tiny_model, question, coherence_alone, partial(objective, False))
+    assert (record["stopped_by"], record["rounds"]) == ("ei", 1)
+    large = replace(settings, dimension=1, rounds=12, stop_threshold=3)
+    record, _ = drive(*tiny_model, question, large, partial(objective, False))
+    assert record["rounds"] == 12
+
+
+def test_the_amplitude_is_that_of_a_verdict_until_one_point_is_verified(tiny_model):
+    question, settings = tasks.ask_number("q"), Settings(rounds=2, dimension=8, stop_threshold=0)
+    for right in (False, True):
+
+        def objective(g, right=right):
+            answer = "7" if g.offset is None or (right and g.offset[0] > 0) else "1"
+            return said(answer, 0.9 + 0.01 * math.sin(float(g.offset[0] if answer == "1" else 0)))
+
+        record, _ = drive(*tiny_model, question, settings, objective)
+        u, f = zip(*((p["u"], p["reward"]) for p in record["points"][:5]))
+        gp = GP.fit(u, f)
+        assert any(p["reward_verifier"] for p in record["points"][:5]) == right
+        if not right:
+            assert gp.y_std < 0.05
+            variance = float((0.5 / gp.y_std) ** 2)
+            gp = GP(u, f, gp.lengthscale, variance, gp.noise)
+        picked, e = record["points"][5]["u"], record["points"][5]["ei"]
+        mean, std = gp.posterior([picked])
+        assert e == pytest.approx(expected_improvement(mean, std, max(f)).item(), rel=1e-6)
 
 
 def test_best_takes_the_best_point_and_vote_the_majority(tiny_model):
