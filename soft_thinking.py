@@ -21,7 +21,7 @@ from model import check_prompt, check_ranges, check_truncation, decode, draw, te
 
 
 def truncated(
-    logits: Tensor, temperature: float, top_k: int, top_p: float, min_p: float
+    logits: Tensor, temperature: float, top_k: int, top_p: float, min_p: float = 0.0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """p = softmax(logits / tau), its entropy H(p), then top-k, top-p, min-p, each renormalised.
 
@@ -36,12 +36,18 @@ def truncated(
     # row is summed as two: a single one is summed in another order.
     H = -p.amax(-1).log() - (p * z).expand(max(2, len(z)), -1).sum(-1)[: len(z)]
     p, ids = p.topk(min(top_k or p.shape[-1], p.shape[-1]))
-    p = p / p.sum(-1, keepdim=True)
+    p = renormalised(p)
     if top_p < 1:  # a token stays if those before it do not reach the mass
-        p = p * (p.cumsum(-1) - p < top_p)
-        p = p / p.sum(-1, keepdim=True)
-    p = p * (p >= min_p * p[:, :1])
-    return ids, p / p.sum(-1, keepdim=True), H
+        p = renormalised(p * (p.cumsum(-1) - p < top_p))
+    return ids, above(p, min_p), H
+
+
+def renormalised(p: Tensor) -> Tensor:
+    return p / p.sum(-1, keepdim=True)
+
+
+def above(p: Tensor, min_p: float) -> Tensor:
+    return renormalised(p * (p >= min_p * p[:, :1])) if min_p else p
 
 
 def concept_token(
@@ -60,8 +66,7 @@ def concept_token(
     """
     check_truncation(temperature, top_k, top_p, min_p, max_topk)
     ids, probs, H = truncated(logits, temperature, top_k, top_p, min_p)
-    probs = probs[:, :max_topk]
-    return ids[:, :max_topk], probs / probs.sum(-1, keepdim=True), H
+    return ids[:, :max_topk], renormalised(probs[:, :max_topk]), H
 
 
 def concept_embedding(embedding_weight: Tensor, ids: Tensor, probs: Tensor) -> Tensor:
@@ -72,21 +77,20 @@ def concept_embedding(embedding_weight: Tensor, ids: Tensor, probs: Tensor) -> T
     return (embedding_weight[ids] * probs[..., None]).sum(-2).to(embedding_weight.dtype)
 
 
-def dirichlet(rng: np.random.Generator, ct: np.ndarray, alpha: float) -> np.ndarray:
-    """A draw from Dirichlet(alpha ct), ct [n] -> [n]: normalised Gamma draws."""
-    gamma = rng.standard_gamma(alpha * ct)  # if all underflow, their limit: one component
-    return gamma / gamma.sum() if gamma.any() else rng.multinomial(1, ct / ct.sum()).astype(float)
+def mixture(ids: Tensor, p: Tensor, s: "Settings", g: Tensor, rngs: list) -> tuple[Tensor, Tensor]:
+    """Of all kept tokens [B, K], the concept token ids, ct [B, n]; with noise (2508.03440).
 
-
-def noisy(ct: Tensor, s: "Settings", g: Tensor, rngs: list) -> Tensor:
-    """Stochastic concept tokens: ct [B, n] -> [B, n]. g [B, n]: standard Gumbel; rngs: a row's."""
-    if s.noise == "gumbel":
-        return torch.softmax((ct.log() + g) / s.gumbel_temperature, dim=-1)
+    g [B, n]: standard Gumbel; rngs: one a row, for Dirichlet(alpha p), drawn before the cut to n.
+    """
     if s.noise == "dirichlet":
-        pairs = zip(rngs, ct.double().cpu().numpy())
-        drawn = [dirichlet(rng, c, s.dirichlet_alpha) if rng else c for rng, c in pairs]
-        return torch.tensor(np.stack(drawn), dtype=torch.float32, device=ct.device)
-    return ct
+        alphas = s.dirichlet_alpha * p.double().cpu().numpy()
+        drawn = np.stack([rng.dirichlet(alpha) for rng, alpha in zip(rngs, alphas)])
+        p, order = torch.from_numpy(drawn).to(p).sort(descending=True)
+        ids = ids.gather(1, order)
+    ids, ct = ids[:, : s.max_topk], renormalised(p[:, : s.max_topk])
+    if s.noise == "gumbel":
+        ct = torch.softmax((ct.log() + g) / s.gumbel_temperature, dim=-1)
+    return ids, ct
 
 
 TRUNCATION = ("temperature", "top_k", "top_p", "min_p")
@@ -100,39 +104,39 @@ class Settings:
     temperature: float = 0.6  # tau while thinking
     top_k: int = 30  # so many most probable tokens are kept (0: all)
     top_p: float = 0.95  # then the smallest set with this mass
-    min_p: float = 0.001  # then those with this share of the largest probability
-    max_topk: int = 10  # n: then at most this many, the concept token (paper: 5 to 20)
+    min_p: float | None = None  # then those above this share of max p (default: 0.001; cot: 0)
+    max_topk: int = 10  # n: then at most this many (paper: 5 to 20)
     cold_stop: bool | None = None  # end thinking when sure (default: on for soft, else off)
     cold_stop_entropy: float = 0.01  # tau_H: below it, in nats, a step is sure (paper: 0 to 0.1)
     cold_stop_steps: int = 256  # k: so many sure steps in a row stop it (paper: 256 to 1024)
-    noise: Literal["gumbel", "dirichlet"] | None = None  # stochastic ones (2508.03440)
+    noise: Literal["gumbel", "dirichlet"] | None = None  # stochastic: 2508.03440
     gumbel_temperature: float = 0.5  # tau_g of softmax((log ct + g) / tau_g)
-    dirichlet_alpha: float = 1.0  # alpha of Dirichlet(alpha ct): larger is closer to ct
+    dirichlet_alpha: float = 1.0  # alpha of Dirichlet(alpha p): larger: closer to p
     answer_temperature: float | None = None  # of the answer (default: the same)
     answer_top_k: int | None = None  # of the answer (default: the same)
     answer_top_p: float | None = None  # of the answer (default: the same)
-    answer_min_p: float | None = None  # of the answer (default: the same)
-    max_new_tokens: int = 32768  # thought and answer; the context ends it too
+    answer_min_p: float = 0.0  # of the answer
+    cold_stop_answer: bool = False  # so many sure steps end the answer, too
+    max_new_tokens: int = 32768  # thought and answer, within the context
 
     def __post_init__(self):
-        if self.cold_stop is None:
-            object.__setattr__(self, "cold_stop", self.method == "soft")
-        for name in TRUNCATION:
-            if getattr(self, f"answer_{name}") is None:
-                object.__setattr__(self, f"answer_{name}", getattr(self, name))
+        soft = self.method == "soft"
+        defaults = {"cold_stop": soft, "min_p": 0.001 if soft else 0.0}
+        defaults |= {f"answer_{name}": getattr(self, name) for name in TRUNCATION[:3]}
+        for name, default in defaults.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, default)
         check_truncation(*self.truncation(), self.max_topk)
         check_truncation(*self.truncation("answer_"), prefix="answer_")
         least = {"cold_stop_entropy": 0, "cold_stop_steps": 1, "max_new_tokens": 1}
         check_ranges(self, "gumbel_temperature dirichlet_alpha", **least)
-        if self.noise and self.method != "soft":
-            raise ValueError(
-                f"noise changes concept tokens: it needs method soft, not {self.method}"
-            )
+        if self.noise and not soft:
+            raise ValueError(f"noise needs method soft, not {self.method}")
 
     def truncation(self, prefix: str = "") -> tuple:
         return tuple(getattr(self, prefix + name) for name in TRUNCATION)
 
-    def gumbels(self, V: int) -> int:  # how many are drawn for a step
+    def gumbels(self, V: int) -> int:
         return min(self.max_topk, self.top_k or V, V) if self.noise == "gumbel" else 0
 
 
@@ -167,12 +171,15 @@ def think_one(
     for t in range(min(steps, context - len(prompt))):
         cache.reserve(len(prompt) + t)
         logits = model.logits(model(x[None], cache)[:, -1])  # x [T, d], later [1, d] -> [1, V]
-        ids, ct, H = concept_token(logits, *s.truncation(), s.max_topk)
-        ct = noisy(ct, s, g[t : t + 1], [rng])
+        ids, p, H = truncated(logits, *s.truncation())
+        ids, ct = mixture(ids, p, s, g[t : t + 1], [rng])
         entropy_streak = entropy_streak + 1 if H < s.cold_stop_entropy else 0
+        sure = s.cold_stop and entropy_streak >= s.cold_stop_steps
         if closed:  # the answer: ordinary sampling
-            ids, probs, _ = truncated(logits, *s.truncation("answer_"))
-            token = int(draw(probs, u[t : t + 1], ids))
+            ids, p, _ = truncated(logits, *s.truncation("answer_"))
+            token = int(draw(p, u[t : t + 1], ids))
+            if sure and s.cold_stop_answer:
+                token = eos[0]
             answer.append(token)
             x = E[[token]]
         else:
@@ -181,10 +188,10 @@ def think_one(
             closed = matched == len(END) and not forced  # by the model itself
             x = E[[token]] if closed else concept_embedding(E, ids, ct)
             # Cold Stop: after k sure steps </think> is fed, token by token.
-            sure = s.cold_stop and entropy_streak >= s.cold_stop_steps
             if (sure or forced) and not closed:
                 token, forced, matched = marker[forced], forced + 1, 0
                 x, closed = E[[token]], forced == len(marker)
+            entropy_streak *= not closed
             thought.append(token)
         if token in eos:
             break
@@ -193,13 +200,13 @@ def think_one(
 
 # ----------------------------------------------------------------------------- the same for a batch
 
-THINKING, CLOSING, FORCED, ANSWERING = range(4)  # phases of a step
+THINKING, CLOSING, FORCED, ANSWERING, ENDED = range(5)  # phases of a step
 
 
 class SoftThinking:
     """`think_one` for every row, `where` for `if`; and the discrete baselines.
 
-    Notes: phase [rows], entropy [rows], and what is fed while thinking: ids and ct [rows, n].
+    Notes: phase, entropy [rows]; what is fed, but for the answer: ids, ct [rows, n].
     """
 
     def __init__(
@@ -210,17 +217,17 @@ class SoftThinking:
         V, device, N = len(self.E), model.device, min(s.max_new_tokens, model.config.context)
         self.automaton = tokenizer.automaton(END, V).to(device)
         self.marker = torch.tensor(tokenizer.encode(END), device=device)
-        self.entropy_streak = torch.zeros(rows, dtype=torch.long, device=device)
-        self.matched, self.forced = torch.zeros(2, rows, dtype=torch.long, device=device)
+        self.counters = torch.zeros(3, rows, dtype=torch.long, device=device)
+        self.entropy_streak, self.matched, self.forced = self.counters
         self.thinking = self.entropy_streak.bool()
-        self.rows, self.rngs = torch.arange(rows, device=device), [None] * rows
+        self.eos = model.config.eos_ids[0] if s.cold_stop_answer else None
+        self.rows, self.rngs = torch.arange(rows, device=device), [np.random.default_rng()] * rows
         self.g = torch.zeros(rows, N + 1, s.gumbels(V), device=device)
 
     def begin(self, row: int, request: Request) -> None:
         self.rngs[row] = request.rng
         self.g[row] = torch.from_numpy(request.rng.gumbel(size=self.g.shape[1:]))
-        for counter in (self.entropy_streak, self.matched, self.forced):
-            counter[row] = 0
+        self.counters[:, row] = 0
         self.thinking[row] = True
 
     def step(self, logits: Tensor, at: At) -> tuple[Tensor, ...]:
@@ -229,23 +236,20 @@ class SoftThinking:
             token = logits.argmax(-1)
             ids, ct, H = token[:, None], torch.ones_like(logits[:, :1]), logits[:, 0]
         if self.distribution:
-            kept_ids, kept, H = truncated(logits, *s.truncation())
-            ids, ct = kept_ids[:, : s.max_topk], kept[:, : s.max_topk]
-            ct = ct / ct.sum(-1, keepdim=True)
-        ct = noisy(ct, s, self.g[self.rows, at.t], self.rngs)
+            kept, nucleus, H = truncated(logits, *s.truncation()[:3])
+            p = above(nucleus, s.min_p)
+            ids, ct = mixture(kept, p, s, self.g[self.rows, at.t], self.rngs)
         if s.method != "greedy":
-            thought = said = draw(kept, at.u, kept_ids)
-            if s.truncation("answer_") != s.truncation():
-                said_ids, probs, _ = truncated(logits, *s.truncation("answer_"))
-                said = draw(probs, at.u, said_ids)
+            thought = draw(p, at.u, kept)
+            if s.truncation("answer_")[:3] != s.truncation()[:3]:
+                kept, nucleus, _ = truncated(logits, *s.truncation("answer_")[:3])
+            said = draw(above(nucleus, s.answer_min_p), at.u, kept)
             if s.method == "soft":  # the most probable component names the step
                 thought = ids.gather(1, ct.argmax(-1, keepdim=True))[:, 0]
             token = torch.where(thinking, thought, said)
         matched = self.automaton[self.matched, token].long()
         closing = thinking & (matched == len(END)) & (self.forced == 0)
-        force = torch.zeros_like(thinking)
-        # A discrete token is a concept token of one component.
-        first = (torch.arange(ct.shape[1], device=ct.device) == 0).to(ct.dtype)
+        force = ended = torch.zeros_like(thinking)
         if s.cold_stop:
             self.entropy_streak.add_(1).mul_(H < s.cold_stop_entropy)
             sure = self.entropy_streak >= s.cold_stop_steps
@@ -253,17 +257,18 @@ class SoftThinking:
             marker = self.marker[self.forced.clamp(max=len(self.marker) - 1)]
             token = torch.where(force, marker, token)
             self.forced += force
-            ids = torch.where(force[:, None], token[:, None], ids)
-            ct = torch.where(force[:, None], first, ct)
-        if s.method == "soft":
-            discrete = (~thinking | closing)[:, None]
-            fed = torch.where(discrete, token[:, None], ids), torch.where(discrete, first, ct)
-            embeds = concept_embedding(self.E, *fed)
-        else:
-            embeds = self.E[token]
+            if s.cold_stop_answer:
+                ended = sure & ~thinking
+                token = token.masked_fill(ended, self.eos)
+        # A discrete token is a concept token of one component.
+        discrete = (~thinking | closing | force)[:, None]
+        first = (torch.arange(ct.shape[1], device=ct.device) == 0).to(ct)
+        ids, ct = torch.where(discrete, token[:, None], ids), torch.where(discrete, first, ct)
+        embeds = concept_embedding(self.E, ids, ct) if s.method == "soft" else self.E[token]
         self.thinking.logical_and_(~closing & ~(force & (self.forced == len(self.marker))))
         self.matched.copy_(matched * (self.thinking & ~force))
-        phase = (closing * CLOSING + force * FORCED).masked_fill(~thinking, ANSWERING)
+        self.entropy_streak.mul_(self.thinking == thinking)  # counted anew in the answer
+        phase = (closing * CLOSING + force * FORCED).masked_fill(~thinking, ANSWERING) + ended
         return token, embeds, phase, H, ids, ct
 
 
@@ -280,13 +285,12 @@ def think(
 ) -> Iterator[tuple[int, dict]]:
     """Answer questions; yields (index into questions, record) as each is finished.
 
-    samples[i] numbers the sample that is wanted of questions[i] (default 0); batch_size sequences
-    are decoded side by side (default: all, at most 16). A record depends on its question, sample,
-    settings, seed and batch_size, to the bit not on its neighbours; trace adds its steps.
-    watch(token, *notes) is called at every step of row 0. UserError: empty, or too long.
+    samples[i] numbers the sample wanted of questions[i] (default 0); batch_size sequences are
+    decoded side by side (default: all, at most 16), and change no bit of each other's records.
+    trace adds the steps; watch(token, *notes) sees those of row 0. UserError: empty, or too long.
     """
     prompts, encoded = {}, {}
-    for question in dict.fromkeys(questions):  # all, before the first is decoded
+    for question in dict.fromkeys(questions):  # before the first is decoded
         if not question.strip():
             raise UserError("the question is empty: pass --question TEXT")
         prompts[question] = build_prompt(tokenizer, question)
@@ -307,19 +311,16 @@ def think(
     rows = batch_size or min(16, len(questions))
     rows = model.plan(rows, max(map(len, encoded.values())), settings.max_new_tokens)
     method = SoftThinking(model, tokenizer, settings, rows, trace)
-    keep, kind = (
-        4 if trace or watch else 1,
-        {"method": settings.method, "settings": asdict(settings)},
-    )
-    for output in decode(model, requests(), method, rows, settings.max_new_tokens, keep, watch):
+    keep, most = 4 if trace or watch else 1, settings.max_new_tokens
+    for output in decode(model, requests(), method, rows, most, keep, watch):
         i = output.request.data
-        about = {"question": questions[i], "prompt": prompts[questions[i]], **kind}
-        about |= {"seed": seed, "sample": samples[i]}
+        about = {"question": questions[i], "prompt": prompts[questions[i]], "seed": seed}
+        about |= {"sample": samples[i], "method": settings.method, "settings": asdict(settings)}
         yield i, about | record(model, tokenizer, output, trace)
 
 
 def record(model: Transformer, tokenizer: Tokenizer, output: Output, trace: bool) -> dict:
-    """What was thought and said, and its end."""
+    """What was thought and said."""
     phase, eos = output.notes[0], model.config.eos_ids
     n, stopped = int((phase < ANSWERING).sum()), output.ids[-1] in eos
     stopped_by = "length" if phase[-1] in (THINKING, FORCED) and not stopped else "think_end"
@@ -329,7 +330,8 @@ def record(model: Transformer, tokenizer: Tokenizer, output: Output, trace: bool
     texts = [tokenizer.decode([i for i in ids if i not in eos]) for ids in (thought, said)]
     found = {"thought_ids": thought, "thought_text": texts[0].split(END)[0].strip()}
     found |= {"answer_ids": said, "answer_text": texts[1].strip(), "stopped_by": stopped_by}
-    found |= {"finish_reason": "stop" if stopped else "length", "thought_tokens": n}
+    finish = "cold_stop" if phase[-1] == ENDED else "stop" if stopped else "length"
+    found |= {"finish_reason": finish, "thought_tokens": n}
     found |= {"answer_tokens": len(said), "seconds": output.seconds}
     if trace:
         found["steps"] = []

@@ -237,7 +237,7 @@ def test_started_again_it_goes_on_and_other_settings_are_refused(folder_of, caps
         (["--question", "x", "--method", "hard"], "argument --method: invalid choice: 'hard'"),
         (
             ["--question", "x", "--noise", "gumbel", "--method", "cot"],
-            "it needs method soft, not cot",
+            "needs method soft, not cot",
         ),
         (["--question", "x" * 99], "tokens, the context window 64"),
         (

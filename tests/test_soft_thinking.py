@@ -19,7 +19,6 @@ from soft_thinking import (
     build_prompt,
     concept_embedding,
     concept_token,
-    dirichlet,
     think,
     think_one,
     truncated,
@@ -398,6 +397,53 @@ def test_cold_stop_counts_sure_steps_in_a_row(folder_of):
     assert record["stopped_by"] == "think_end"
 
 
+def test_only_concept_tokens_are_cut_by_min_p_where_nothing_else_is_said(folder_of):
+    """0.001 while soft thinking; 0 in the answer, and for CoT sampling."""
+    model, folder = random_model(), folder_of("qwen2")
+    logits, closing = torch.full((1, 272), -1e9), torch.full((1, 272), -1e9)
+    logits[0, 20], logits[0, 21], closing[0, 259] = 0.0, math.log(0.0009), 0.0
+    drawn = {}
+    for name, options in {
+        "soft": {},
+        "cut": {"answer_min_p": 0.001},
+        "cot": {"method": "cot"},
+        "cot, cut": {"method": "cot", "min_p": 0.001},
+    }.items():
+        settings = Settings(temperature=1.0, top_p=1.0, **options)
+        method, at = first_steps(model, folder, settings, 1)
+        at.u[:] = 0.9999  # the least probable token that is kept
+        token, _, _, _, ids, ct = method.step(logits, at)
+        thought = {i for i, p in zip(ids[0].tolist(), ct[0].tolist()) if p > 0}
+        method.step(closing, at)
+        answer, *_ = method.step(logits, at)
+        drawn[name] = token.item(), thought, answer.item()
+    assert drawn == {
+        "soft": (20, {20}, 21),
+        "cut": (20, {20}, 20),
+        "cot": (21, {20, 21}, 21),
+        "cot, cut": (20, {20}, 21),
+    }
+
+
+@pytest.mark.parametrize("thinking", [True, False])
+def test_cold_stop_ends_an_answer_too_where_that_is_asked_for(thinking, folder_of):
+    folder = folder_of("qwen2", thinking)
+    marker, steps = Tokenizer(folder).encode(END), [30] * 2 + [31] * 40 + [257]
+    settings = Settings(cold_stop_steps=3)
+    record, _, _ = scripted(folder, settings, steps)
+    assert record["finish_reason"] == "stop" and len(record["answer_ids"]) > 3
+    settings = Settings(cold_stop_steps=3, cold_stop_answer=True)
+    record, _, _ = scripted(folder, settings, steps)
+    assert record["thought_ids"] == [30, 30, *marker]  # the count begins anew after the marker
+    assert record["answer_ids"] == [31, 31, 257] and record["answer_tokens"] == 3
+    assert (record["stopped_by"], record["finish_reason"]) == ("cold_stop", "cold_stop")
+    if thinking:
+        steps = [30, 259, 31, (31, 32), 31, 31, 31, 31, 257]
+        record, _, _ = scripted(folder, settings, steps)
+        assert record["answer_ids"][2:] == [31, 31, 257]
+        assert (record["stopped_by"], record["finish_reason"]) == ("think_end", "cold_stop")
+
+
 @pytest.mark.parametrize("thinking", [True, False])
 @pytest.mark.parametrize("noise", [None, "gumbel", "dirichlet"])
 def test_a_trace_shows_what_was_fed_also_where_cold_stop_feeds_the_marker(
@@ -437,13 +483,13 @@ def test_lengths_end_the_thought_or_the_answer(folder_of):
 
 
 def one_noisy_step(folder, rows, **options):
-    """Tokens and concept tokens of a step at which the three most probable have 0.6, 0.3, 0.1."""
+    """Tokens, and concept tokens [rows, V], of a step: the first three tokens have 0.6, 0.3, 0.1."""
     settings = Settings(temperature=1.0, max_new_tokens=1, **options)
     method, at = first_steps(random_model(), folder, settings, rows, trace=True)
     logits = torch.full((rows, 272), -1e9)
     logits[:, :3] = torch.tensor([0.6, 0.3, 0.1]).log()
-    token, _, _, _, _, ct = method.step(logits, at)
-    return token, ct
+    token, _, _, _, ids, ct = method.step(logits, at)
+    return token, torch.zeros(rows, 272).scatter(1, ids, ct)
 
 
 def test_gumbel_noise_of_low_temperature_picks_tokens_as_often_as_the_concept_token_says(folder_of):
@@ -467,13 +513,29 @@ def test_gumbel_noise_by_hand(folder_of):
         assert (ct[row, 3:] == 0).all()
 
 
-def test_dirichlet_draws_are_distributions_for_any_alpha():
-    ct, rng = np.array([0.6, 0.3, 0.1, 0.0]), np.random.default_rng(0)
-    for alpha in (1e-300, 1e-3, 1.0, 1e6):
-        drawn = np.array([dirichlet(rng, ct, alpha) for _ in range(500)])
-        assert np.allclose(drawn.sum(1), 1) and (drawn[:, 3] == 0).all()
-        assert np.allclose(drawn.mean(0), ct, atol=0.09)
-    assert np.allclose(drawn, ct, atol=0.01)
+def test_dirichlet_noise_of_a_small_alpha_picks_one_token_as_often_as_p_says(folder_of):
+    options = {"noise": "dirichlet", "dirichlet_alpha": 1e-300}
+    token, ct = one_noisy_step(folder_of("qwen2"), 4000, **options)
+    share = torch.bincount(token, minlength=3) / 4000
+    assert torch.allclose(share, torch.tensor([0.6, 0.3, 0.1]), atol=0.03)
+    assert (ct.max(-1).values == 1).all()
+
+
+def test_dirichlet_noise_is_drawn_over_all_kept_tokens_and_cut_afterwards(folder_of):
+    """Of three kept tokens the two of the largest draws, whichever they are: by hand."""
+    settings = Settings(temperature=1.0, max_new_tokens=1, noise="dirichlet", max_topk=2)
+    method, at = first_steps(random_model(), folder_of("qwen2"), settings, 50)
+    logits = torch.full((50, 272), -1e9)
+    logits[:, :3] = torch.tensor([0.6, 0.3, 0.1]).log()
+    token, *_, ids, ct = method.step(logits, at)
+    for row in range(50):
+        rng = np.random.default_rng((0, 0, row))
+        rng.random(dtype=np.float32)
+        drawn = rng.dirichlet(np.float32([0.6, 0.3, 0.1] + [0] * 27).astype(float))[:3]
+        best = np.argsort(-drawn)[:2]
+        assert ids[row].tolist() == best.tolist() and token[row] == best[0]
+        assert np.allclose(ct[row], drawn[best] / drawn[best].sum(), atol=1e-4)
+    assert {tuple(sorted(pair)) for pair in ids.tolist()} == {(0, 1), (0, 2), (1, 2)}
 
 
 @pytest.mark.parametrize("alpha", [1.0, 20.0])
@@ -513,8 +575,10 @@ def test_every_concept_token_is_that_of_a_slow_implementation(family, golden):
             logits = model.logits(model(embeds[None])[0, -1])
             truncation = s.temperature, s.top_k, s.top_p, s.min_p, s.max_topk
             ids, w, H = reference(logits, *truncation)
-            assert step["ids"] == ids and token == ids[0]
-            assert np.allclose(step["probs"], w, atol=1e-4)
+            assert token == ids[0]
+            if [token] == tokenizer.encode(END):  # is fed as it is
+                ids, w = [token], [1.0]
+            assert step["ids"] == ids and np.allclose(step["probs"], w, atol=1e-4)
             assert step["entropy"] == pytest.approx(H, abs=1e-3)
             # On with the recorded weights: this compares each step by itself, and rounding does
             # not add up over steps.
@@ -531,6 +595,11 @@ ONE = {  # what think_one has to do as think does
     "gumbel and cold stop": {"noise": "gumbel", "cold_stop_entropy": 9, "cold_stop_steps": 5},
     "dirichlet": {"noise": "dirichlet"},
     "dirichlet and cold stop": {"noise": "dirichlet", "cold_stop_entropy": 9, "cold_stop_steps": 5},
+    "cold stop in the answer": {
+        "cold_stop_entropy": 9,
+        "cold_stop_steps": 5,
+        "cold_stop_answer": True,
+    },
     "another answer": {"cold_stop_entropy": 9, "cold_stop_steps": 5, **HOT},
     "cut in the marker": {"cold_stop_entropy": 9, "cold_stop_steps": 2, "max_new_tokens": 5},
     # Only with small random models:
@@ -571,7 +640,11 @@ def test_one_sequence_is_thought_as_in_a_batch(family, thinking, case, golden):
             assert tokens == context - len(tokenizer.encode(record["prompt"]))
     if settings.cold_stop_steps == 5 and settings.cold_stop:
         assert any(record["stopped_by"] == "cold_stop" for record in records)
-        assert any(record["answer_tokens"] > 5 for record in records)
+        if settings.cold_stop_answer:
+            assert any(record["finish_reason"] == "cold_stop" for record in records)
+            assert max(record["answer_tokens"] for record in records) == 5
+        else:
+            assert any(record["answer_tokens"] > 5 for record in records)
     if case == "cut in the marker" and not thinking:
         assert all(record["stopped_by"] == "length" for record in records)
 
