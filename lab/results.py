@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from lab.files import append, plain_json, resume, write_json
+from lab.files import append, check_place, plain_json, resume, write_json
 from lab.grading import extract, grade, grader
 from lab.tables import length, report
 from lab.tasks import Problem, Task, prompt
@@ -52,8 +52,7 @@ def run(
     KeyboardInterrupt and errors of the method pass through; what was finished is in the file.
     """
     for path in filter(None, (output, json_path)):
-        if not Path(path).resolve().parent.is_dir() or Path(path).is_dir():
-            raise UserError(f"cannot write {path}: make its folder first, and give a file's name")
+        check_place(path)
     common = {"task": task.name, "grader": grader(task)}
     settings = {method: plain_json({**common, **own}) for method, (own, _) in methods.items()}
     done = resume(output, settings, KEY) if output else {}

@@ -120,14 +120,9 @@ def table(result: dict, rows: list[Row]) -> str:
         accuracy = [f"{row.accuracy:.1%}", f"{low:.1%} to {high:.1%}"]
         samples = "" if equal else str(row.samples)
         lines.append([row.method, samples, *accuracy, gap, *numbers, str(row.no_answer), stops])
-    columns = [column for column in zip(*lines) if any(column[1:])]  # one method has no gaps
-    widths = [max(map(len, column)) for column in columns]
     each = "{samples} sample(s) each" if equal else "up to {samples} samples each"
     title = f"{{task}}: {{problems}} problems, {each}; graded by {{grader}}; interval: {{interval}}"
-    text = [title.format(**result), ""]
-    for cells in zip(*columns):
-        line = "  ".join(cell.ljust(width) for cell, width in zip(cells, widths))
-        text.append(line.rstrip())
+    text = [title.format(**result), "", *aligned(lines)]
     whole = [result["problems"] * row.samples for row in rows]
     if timed and any(row.timed_records < n for row, n in zip(rows, whole)):
         parts = [f"{row.method} {row.timed_records} of {n} records" for row, n in zip(rows, whole)]
@@ -136,6 +131,14 @@ def table(result: dict, rows: list[Row]) -> str:
         explained = "percentage points, paired by problem, with 95 % interval (Bonett and Price)"
         text += ["", f"difference: {explained}"]
     return "\n".join(text)
+
+
+def aligned(lines: list[list[str]]) -> list[str]:
+    """Lines of cells as text in columns; one that is empty below its head is left out."""
+    columns = [column for column in zip(*lines) if any(column[1:])]
+    widths = [max(map(len, column)) for column in columns]
+    rows = zip(*columns)
+    return ["  ".join(map(str.ljust, cells, widths)).rstrip() for cells in rows]
 
 
 def report(
