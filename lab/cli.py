@@ -34,7 +34,11 @@ FLAGS = {  # those that are no settings of a method
     "limit": {"type": int, "help": "only the first so many problems"},
     "methods": {"help": "with --task: several, compared problem by problem (default: {methods})"},
     "seed": {"type": int, "default": 0, "help": "of all randomness (default: 0)"},
-    "num-samples": {"type": int, "default": 1, "help": "answers per question (default: 1)"},
+    "num-samples": {
+        "type": int,
+        "default": 1,
+        "help": "answers per question (default: 1); a deterministic method gives one",
+    },
     "batch-size": {"type": int, "default": 16, "help": "sequences side by side (default: 16)"},
     "device": {"help": "cpu, cuda, or cuda:N (default: cuda where there is one)"},
     "dtype": {"help": "bfloat16, float16, or float32 (default: what the device is fast at)"},
@@ -209,7 +213,8 @@ def recorded(args: argparse.Namespace, s: Any, model: Transformer) -> dict:
 
 def answer(args: argparse.Namespace, settings: type, run: Callable, view: type) -> None:
     """One question in the terminal; what is finished is in the file at once."""
-    s, gold, samples = settings_of(args, settings), None, view.samples(args)
+    s, gold = settings_of(args, settings), None
+    samples = view.samples(args, s)
     if args.question is None:
         problem = tasks.load("tiny", limit=1)[0]
         args.question, gold = problem.question, problem.answer
@@ -258,13 +263,14 @@ def score(
     for method in methods:  # noise is of method soft alone
         only_soft = {"noise": None} if method != "soft" and hasattr(args, "noise") else {}
         wanted[method] = settings_of(args, settings, method=method, **only_soft)
-    name, samples = args.task or "data", view.samples(args)
+    name, samples = args.task or "data", {m: view.samples(args, s) for m, s in wanted.items()}
     problems, task = tasks.load(name, args.data, args.limit), tasks.TASKS[name]
     model, tokenizer = load(args)
 
     def solver(s: Any) -> Callable:
         # The same however many are left after an interruption: bits depend on it.
-        rows = min(args.batch_size, len(problems) * samples * getattr(s, "at_once", 1))
+        at_once = samples[s.method] * getattr(s, "at_once", 1)
+        rows = min(args.batch_size, len(problems) * at_once)
 
         def solve(jobs: list[tuple[tasks.Problem, int]]) -> Iterator[tuple]:
             asked = [tasks.ask(problem, task) for problem, _ in jobs]

@@ -15,6 +15,12 @@ def plain_json(settings: dict) -> dict:
     return json.loads(json.dumps(settings, default=str))
 
 
+def check_place(path: str | Path) -> None:
+    """UserError, before the work is done, where no file can be written."""
+    if not Path(path).resolve().parent.is_dir() or Path(path).is_dir():
+        raise UserError(f"cannot write {path}: make its folder first, and give a file's name")
+
+
 def append(path: str | Path, record: dict) -> None:
     """Write one JSON line at the end of a file; it is on its way to the disk when this returns."""
     try:
@@ -82,13 +88,17 @@ def resume(path: str | Path, settings: dict[str, dict], key: Sequence[str]) -> d
 
 
 def write_json(path: str | Path, result: Any) -> None:
+    write(path, json.dumps(result, indent=1) + "\n")
+
+
+def write(path: str | Path, text: str) -> None:
     """Write beside `path`, then put the file in its place at once.
 
     Readers see the old file or the new one, never a half.
     """
     temporary = Path(f"{path}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(json.dumps(result, indent=1) + "\n")
+        temporary.write_text(text)
         os.replace(temporary, path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from None

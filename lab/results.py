@@ -7,17 +7,15 @@ made it, in the order in which they finished. Two runs of the same settings hold
 compared after sorting by that key and without `seconds`.
 """
 
-import math
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
-from lab.files import append, plain_json, resume, write_json
+from lab.files import append, check_place, plain_json, resume, write_json
 from lab.grading import extract, grade, grader
+from lab.tables import length, report
 from lab.tasks import Problem, Task, prompt
 from model import UserError
 
@@ -33,7 +31,7 @@ def run(
     problems: list[Problem],
     task: Task,
     methods: dict[str, tuple[dict, Solve]],
-    num_samples: int = 1,
+    num_samples: int | dict[str, int] = 1,
     output: str | Path | None = None,
     json_path: str | Path | None = None,
 ) -> tuple[dict, dict[tuple, dict]]:
@@ -47,19 +45,24 @@ def run(
     answer_text, optional thought_text, thought_tokens, answer_tokens, seconds, stopped_by, prompt,
     answers (of several candidates), and whatever else the method wants to keep.
 
+    num_samples: of each problem, for all methods or by method; records in `output` of more samples
+    are left out of the table.
+
     Raises UserError for a file that cannot be written, or is of other settings or problems.
     KeyboardInterrupt and errors of the method pass through; what was finished is in the file.
     """
     for path in filter(None, (output, json_path)):
-        if not Path(path).resolve().parent.is_dir() or Path(path).is_dir():
-            raise UserError(f"cannot write {path}: make its folder first, and give a file's name")
+        check_place(path)
     common = {"task": task.name, "grader": grader(task)}
     settings = {method: plain_json({**common, **own}) for method, (own, _) in methods.items()}
     done = resume(output, settings, KEY) if output else {}
     check_problems(output, done, problems, methods)
-    wanted = [(problem, sample) for problem in problems for sample in range(num_samples)]
-    rows, first = [], None
+    samples = num_samples
+    if not isinstance(samples, dict):
+        samples = dict.fromkeys(methods, num_samples)
+    records, speeds = {}, {}
     for method, (_, solve) in methods.items():
+        wanted = [(problem, sample) for problem in problems for sample in range(samples[method])]
         jobs = [job for job in wanted if (job[0].id, method, job[1]) not in done]
         keys = [(problem.id, method, sample) for problem, sample in wanted]
         right = sum(done[key]["correct"] for key in keys if key in done)
@@ -74,22 +77,11 @@ def run(
                 right, tokens = right + record["correct"], tokens + (length(record) or 0)
                 bar.set_postfix_str(f"accuracy {right / (bar.n + 1):.1%}", refresh=False)
                 bar.update()
-        seconds = time.perf_counter() - start
-        records = [[done[p.id, method, i] for i in range(num_samples)] for p in problems]
-        row, first = summarise(method, records, first)
         if tokens:
-            row.tokens_per_second, row.timed_records = tokens / seconds, len(jobs)
-        rows.append(row)
-    result = {
-        "task": task.name,
-        "problems": len(problems),
-        "samples": num_samples,
-        "grader": grader(task),
-        "interval": "Wilson" if num_samples == 1 else "Wilson, clustered by problem",
-        "settings": settings,
-        "methods": [asdict(row) for row in rows],
-    }
-    print(table(result, rows))
+            speeds[method] = tokens / (time.perf_counter() - start), len(jobs)
+        numbers = range(samples[method])
+        records[method] = [[done[p.id, method, i] for i in numbers] for p in problems]
+    result = report(task, settings, records, speeds)
     if json_path:
         write_json(json_path, result)
     return result, done
@@ -137,124 +129,3 @@ def graded(problem: Problem, task: Task, method: str, sample: int, record: dict)
     if "answers" in record:
         whole["any_correct"] = any(correct(answer) for answer in record["answers"])
     return whole
-
-
-# ------------------------------------------------------------------------------------------ tables
-
-Z = 1.959964  # of a two-sided 95 % interval
-
-
-@dataclass
-class Row:
-    """A method's line in the table."""
-
-    method: str
-    accuracy: float
-    accuracy_interval: list[float]
-    difference: float | None  # to the first method, problem by problem
-    difference_interval: list[float] | None
-    tokens: float | None  # mean of thinking and answer, all records
-    tokens_correct: float | None  # the same of the right ones
-    no_answer: int  # records from which nothing could be extracted
-    stops: dict[str, int]  # what ended the thinking -> records
-    # Wall clock of this process, over the `timed_records` that it finished.
-    tokens_per_second: float | None = None
-    timed_records: int = 0
-
-
-def length(record: dict) -> int | None:
-    """Tokens of thinking and answer together, None if the method did not count."""
-    counts = [record.get(name) for name in ("thought_tokens", "answer_tokens")]
-    counts = [count for count in counts if count is not None]
-    return sum(counts) if counts else None
-
-
-def mean_length(records: list[dict]) -> float | None:
-    """The mean of all lengths that were counted, None if none was."""
-    lengths = [length(record) for record in records]
-    lengths = [n for n in lengths if n is not None]
-    return sum(lengths) / len(lengths) if lengths else None
-
-
-def wilson(p: float, n: float) -> list[float]:
-    """The interval [low, high] of a proportion p of n independent trials (Wilson 1927)."""
-    centre, half = p + Z * Z / (2 * n), Z * math.sqrt(p * (1 - p) / n + Z * Z / (4 * n * n))
-    return [
-        max(0.0, (centre - half) / (1 + Z * Z / n)),
-        min(1.0, (centre + half) / (1 + Z * Z / n)),
-    ]
-
-
-def summarise(
-    method: str, records: list[list[dict]], first: list[float] | None
-) -> tuple[Row, list[float]]:
-    """Make a method's Row of records[problem][sample]; returns the first method's means as well.
-
-    first: the means of the first method, problem by problem; None if this is the first. Several
-    samples of a problem are not independent, so Wilson's n is then the number of independent
-    records that would have the variance seen between the problems' means.
-    """
-    means = [sum(record["correct"] for record in samples) / len(samples) for samples in records]
-    n, flat = len(means), [record for samples in records for record in samples]
-    p = sum(means) / n
-    size = n
-    if len(flat) > n > 1:
-        variance = sum((mean - p) ** 2 for mean in means) / (n - 1) / n
-        size = min(p * (1 - p) / variance, len(flat)) if variance else n
-    difference = interval = None
-    if first is not None:
-        # Bonett & Price (2012): one more problem won and one more lost; never an empty interval.
-        gaps = [a - b for a, b in zip(means, first)]
-        difference, centre = sum(gaps) / n, sum(gaps) / (n + 2)
-        spread = (sum(gap * gap for gap in gaps) + 2) / (n + 2) - centre**2
-        half = Z * math.sqrt(spread / (n + 2))
-        interval = [max(-1.0, centre - half), min(1.0, centre + half)]
-    stops = Counter(record["stopped_by"] for record in flat if record.get("stopped_by"))
-    row = Row(
-        method=method,
-        accuracy=p,
-        accuracy_interval=wilson(p, size),
-        difference=difference,
-        difference_interval=interval,
-        tokens=mean_length(flat),
-        tokens_correct=mean_length([record for record in flat if record["correct"]]),
-        no_answer=sum(record["extracted"] is None for record in flat),
-        stops=dict(stops.most_common()),
-    )
-    return row, means if first is None else first
-
-
-def table(result: dict, rows: list[Row]) -> str:
-    """Write the result of `run` and its rows as text, one line a method."""
-    versus = f"difference to {rows[0].method}"
-    head = ["method", "accuracy", "95 % interval", versus, "tokens", "if correct", "tokens/s"]
-    lines = [[*head, "no answer", "ended by"]]
-    for row in rows:
-        low, high = row.accuracy_interval
-        gap = ""
-        if row.difference is not None:
-            points = [100 * x for x in (row.difference, *row.difference_interval)]
-            gap = "{:+.1f} ({:+.1f} to {:+.1f})".format(*points)
-        numbers = (row.tokens, row.tokens_correct, row.tokens_per_second)
-        numbers = ["-" if x is None else f"{x:.1f}" for x in numbers]
-        stops = ", ".join(f"{cause} {count}" for cause, count in row.stops.items()) or "-"
-        accuracy = [f"{row.accuracy:.1%}", f"{low:.1%} to {high:.1%}"]
-        lines.append([row.method, *accuracy, gap, *numbers, str(row.no_answer), stops])
-    columns = [column for column in zip(*lines) if any(column[1:])]  # no gaps with one method
-    widths = [max(map(len, column)) for column in columns]
-    title = (
-        "{task}: {problems} problems, {samples} sample(s) each; graded by {grader}; "
-        "interval: {interval}"
-    )
-    text = [title.format(**result), ""]
-    for cells in zip(*columns):
-        line = "  ".join(cell.ljust(width) for cell, width in zip(cells, widths))
-        text.append(line.rstrip())
-    records = result["problems"] * result["samples"]
-    if any(row.timed_records < records for row in rows):
-        timed = [f"{row.method} {row.timed_records} of {records} records" for row in rows]
-        text += ["", "tokens/s: of what this process did, " + ", ".join(timed)]
-    if len(rows) > 1:
-        explained = "percentage points, paired by problem, with 95 % interval (Bonett and Price)"
-        text += ["", f"difference: {explained}"]
-    return "\n".join(text)

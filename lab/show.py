@@ -35,8 +35,14 @@ class Thought:
         pass
 
     @staticmethod
-    def samples(args: argparse.Namespace) -> int:
-        return args.num_samples
+    def samples(args: argparse.Namespace, s: Any) -> int:
+        """How many answers are wanted of a question: one, where nothing is drawn."""
+        drawn = s.top_k != 1 if s.method == "cot" else bool(s.noise)  # in the thought
+        if s.method != "greedy" and (drawn or s.answer_top_k != 1):
+            return args.num_samples
+        if args.num_samples > 1:
+            print(f"{s.method} is deterministic: one sample of each question", file=sys.stderr)
+        return 1
 
     @staticmethod
     def other(*_: Any) -> bool:
@@ -123,7 +129,7 @@ class Search:
             raise UserError(f"--analyse looks into the layers, {gone}: leave one out")
 
     @staticmethod
-    def samples(args: argparse.Namespace) -> int:
+    def samples(args: argparse.Namespace, s: Any) -> int:
         return 1
 
     @staticmethod

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lab import grading, results, tasks
+from lab import grading, tables, tasks
 from model import At, Prompt, Request, Tokenizer, Transformer, decode, draw, text_seed
 
 # ------------------------------------------------------------------------------------------ costs
@@ -26,7 +26,7 @@ def compare(records: dict, methods: list[str], problems: list, task: Any) -> Non
     for method in ("sc", "fire", "cot-decoding"):
         for by in ("generations", "tokens") if method in of else ():
             accuracy, tokens, capped = matched(of["soft"], of[method], problems, task, by)
-            low, high = results.wilson(accuracy, len(problems))
+            low, high = tables.wilson(accuracy, len(problems))
             few = "its --num-samples were too few to spend as much"
             short = f"; on {capped} of {len(problems)} {few}" if capped else ""
             print(

@@ -1,5 +1,6 @@
 """The command lines of soft_thinking.py and soft_reasoning.py: flags, views, mistakes, resuming."""
 
+import argparse
 import io
 import json
 import signal
@@ -17,7 +18,7 @@ import soft_reasoning
 import soft_thinking
 from baselines import sampling
 from lab import cli, show
-from model import Tokenizer
+from model import Tokenizer, load
 
 
 def think(arguments):
@@ -305,6 +306,54 @@ def test_problems_are_scored_by_several_methods_and_a_run_goes_on(folder_of, cap
     again = {(r["problem"], r["method"], r["sample"]): outcome(r) for r in records_of(out)}
     assert again == whole
     assert think([*arguments, "--top-k", "5"]) == 2
+
+
+def test_a_deterministic_method_is_decoded_once(folder_of, capsys, tmp_path):
+    data, out, table = (tmp_path / name for name in ("data.jsonl", "out.jsonl", "table.json"))
+    rows = [{"question": f"What is {i}?", "answer": str(i)} for i in range(2)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ["--model", str(long_context(folder_of("qwen3"))), "--device", "cpu"]
+    arguments += ["--data", str(data), "--methods", "greedy,cot", "--max-new-tokens", "5"]
+    arguments += ["--output", str(out), "--json", str(table), "--num-samples", "3"]
+    assert think(arguments) == 0
+    found = [(r["problem"][-1], r["method"], r["sample"]) for r in records_of(out)]
+    expected = [(str(i), "cot", k) for i in range(2) for k in range(3)]
+    assert sorted(found) == sorted([*expected, ("0", "greedy", 0), ("1", "greedy", 0)])
+    assert [row["samples"] for row in json.loads(table.read_text())["methods"]] == [1, 3]
+    printed = capsys.readouterr()
+    assert "greedy is deterministic: one sample of each question\n" in printed.err
+    assert "cot is" not in printed.err
+    # A file of a version that repeated it: the repetitions stay there and are not counted.
+    (greedy, *_) = [record for record in records_of(out) if record["method"] == "greedy"]
+    with open(out, "a") as file:
+        file.write(json.dumps(greedy | {"sample": 1}) + "\n")
+    before = out.read_text()
+    assert think(arguments) == 0 and out.read_text() == before
+    assert [row["samples"] for row in json.loads(table.read_text())["methods"]] == [1, 3]
+
+
+@pytest.mark.parametrize(
+    "changes, wanted",
+    [
+        ({"method": "greedy"}, 1),
+        ({"method": "cot"}, 7),
+        ({"method": "cot", "top_k": 1}, 1),  # and of the answer, by default
+        ({"method": "cot", "top_k": 1, "answer_top_k": 2}, 7),
+        ({"method": "cot", "answer_top_k": 1}, 7),
+        ({"method": "soft"}, 7),  # its thought is deterministic, its answer is drawn
+        ({"method": "soft", "answer_top_k": 1}, 1),
+        ({"method": "soft", "answer_top_k": 1, "noise": "gumbel"}, 7),
+    ],
+)
+def test_as_many_samples_as_are_asked_for_where_something_is_drawn(changes, wanted, folder_of):
+    # Cold Stop after four steps, for an answer.
+    common = {"cold_stop": True, "cold_stop_entropy": 99, "cold_stop_steps": 4}
+    s = soft_thinking.Settings(max_new_tokens=20, temperature=2, **common, **changes)
+    assert show.Thought.samples(argparse.Namespace(num_samples=7), s) == wanted
+    model, tokenizer = load(str(long_context(folder_of("qwen3"))), "cpu", "float32")
+    found = soft_thinking.think(model, tokenizer, ["Why?"] * 7, s, samples=list(range(7)))
+    different = {(*record["thought_ids"], -1, *record["answer_ids"]) for _, record in found}
+    assert (len(different) == 1) == (wanted == 1)
 
 
 # ------------------------------------------------------------------------------- soft_reasoning.py

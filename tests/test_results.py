@@ -1,4 +1,4 @@
-"""lab/results.py and lab/files.py: records, resumption, tables and intervals of runs."""
+"""lab/results.py, lab/tables.py, lab/files.py: records, resumption, tables, intervals of runs."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lab import results
+from lab import tables
 from lab.results import run
 from lab.tasks import TASKS, Problem
 from model import UserError
@@ -167,7 +167,9 @@ def test_resumption_finishes_what_is_missing(tmp_path, capsys):
         assert ("half-written" in captured.err) == (
             cut not in (0, ends[0] + 1, ends[7] + 1, len(content))
         )
-        assert ("of 12 records" in captured.out) == (cut > ends[0])
+        # Nothing is said of the speed of what was all there.
+        assert ("of 12 records" in captured.out) == (ends[0] < cut < len(content))
+        assert ("tokens/s" in captured.out) == (cut < len(content))
 
 
 def test_more_problems_samples_and_methods_go_on_in_the_same_file(tmp_path):
@@ -182,6 +184,31 @@ def test_more_problems_samples_and_methods_go_on_in_the_same_file(tmp_path):
             output=path,
         )
     assert records(output) == records(fresh)
+
+
+def test_each_method_has_its_own_number_of_samples(tmp_path, capsys):
+    output = tmp_path / "out.jsonl"
+    both = methods({"seed": 0}, soft=adder(), cot=adder(wrong=(2, 4)))
+    result, _ = run(PROBLEMS, TASKS["tiny"], both, {"soft": 1, "cot": 3}, output)
+    assert len(records(output)) == 6 + 18
+    soft, cot = result["methods"]
+    assert (soft["samples"], cot["samples"], result["samples"]) == (1, 3, 3)
+    assert soft["accuracy_interval"] == tables.wilson(1, 6)
+    # Samples that always agree: n = p (1 - p) / (s^2 / 6) with s^2 = 6/5 p (1 - p).
+    assert cot["accuracy_interval"] == pytest.approx(tables.wilson(2 / 3, 5))
+    assert cot["difference"] == pytest.approx(-1 / 3)
+    title, _, head, *rows = capsys.readouterr().out.splitlines()[:5]
+    assert title.startswith("tiny: 6 problems, up to 3 samples each; ")
+    assert [line.split()[:2] for line in (head, *rows)] == [
+        ["method", "samples"],
+        ["soft", "1"],
+        ["cot", "3"],
+    ]
+    # More samples in the file than are asked for are left out of the table.
+    again, _ = run(PROBLEMS, TASKS["tiny"], both, {"soft": 1, "cot": 1}, output)
+    assert [row["samples"] for row in again["methods"]] == [1, 1]
+    assert again["methods"][1]["accuracy_interval"] == tables.wilson(4 / 6, 6)
+    assert len(records(output)) == 24
 
 
 def test_other_settings_are_refused(tmp_path):
@@ -290,26 +317,26 @@ def verdicts(*samples):
 
 
 def test_intervals():
-    assert results.wilson(0.5, 10) == pytest.approx(
+    assert tables.wilson(0.5, 10) == pytest.approx(
         [0.2366, 0.7634], abs=1e-4
     )  # e.g. R: prop.test(5, 10, correct = F)
     assert (
-        results.wilson(1, 20)[0] == pytest.approx(20 / (20 + 1.959964**2))
-        and results.wilson(1, 20)[1] == 1
+        tables.wilson(1, 20)[0] == pytest.approx(20 / (20 + 1.959964**2))
+        and tables.wilson(1, 20)[1] == 1
     )
-    single, means = results.summarise("a", verdicts([1], [1], [0], [1]), None)
-    assert single.accuracy_interval == results.wilson(0.75, 4) and single.difference is None
+    single, means = tables.summarise("a", verdicts([1], [1], [0], [1]), None)
+    assert single.accuracy_interval == tables.wilson(0.75, 4) and single.difference is None
     # Four samples that always agree tell no more than one: n is 3 = p (1 - p) / (s^2 / 4), and
     # s^2 = 4/3 p (1 - p).
-    agreeing, _ = results.summarise("a", verdicts([1] * 4, [1] * 4, [0] * 4, [1] * 4), None)
+    agreeing, _ = tables.summarise("a", verdicts([1] * 4, [1] * 4, [0] * 4, [1] * 4), None)
     assert agreeing.accuracy == 0.75 and agreeing.accuracy_interval == pytest.approx(
-        results.wilson(0.75, 3)
+        tables.wilson(0.75, 3)
     )
-    mixed, _ = results.summarise("a", verdicts([1, 0], [0, 1], [1, 0], [0, 1]), None)
-    assert mixed.accuracy_interval == results.wilson(0.5, 4)
+    mixed, _ = tables.summarise("a", verdicts([1, 0], [0, 1], [1, 0], [0, 1]), None)
+    assert mixed.accuracy_interval == tables.wilson(0.5, 4)
     # Bonett and Price (2012): of 4 problems one is lost, none won: (0 + 1 - 1 - 1) / (4 + 2) and
     # its variance.
-    worse, _ = results.summarise("b", verdicts([1], [0], [0], [1]), means)
+    worse, _ = tables.summarise("b", verdicts([1], [0], [0], [1]), means)
     half = 1.959964 * ((3 / 6 - 1 / 36) / 6) ** 0.5
     assert worse.difference == -0.25 and worse.difference_interval == pytest.approx(
         [-1 / 6 - half, -1 / 6 + half]
