@@ -59,7 +59,8 @@ def grade(extracted: str | None, gold: str, kind: str, tolerance: float = 0) -> 
     number: |extracted - gold| <= tolerance * min(1, |gold|), so that 0 is no answer to 5e-7 and
             a large number has to be right to the hundredth; 50 % counts as 50 and as 0.5; an
             irrational expression, in six digits
-    math:   equal as rational numbers, as normalised strings, or (if it is installed) by math-verify
+    math:   equal as rational numbers, as normalised strings, or (if it is installed) by
+            math-verify, whose time-outs and errors count as wrong
     choice, yesno: equal
     """
     if extracted is None:
@@ -80,7 +81,12 @@ def grade(extracted: str | None, gold: str, kind: str, tolerance: float = 0) -> 
     if len(extracted) >= 1000 or re.search(r"[({\[-]{9}", extracted):
         return False
     judge = math_verify()
-    return bool(judge) and judge.verify(judge.parse(f"${gold}$"), judge.parse(f"${extracted}$"))
+    try:
+        return bool(judge) and judge.verify(judge.parse(f"${gold}$"), judge.parse(f"${extracted}$"))
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException:  # noqa: BLE001 (its TimeoutException is no Exception)
+        return False
 
 
 # ------------------------------------------------------------------------------------------ voting
