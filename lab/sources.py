@@ -1,7 +1,8 @@
 """Where the files of the benchmarks come from, and how each is downloaded, checked and kept.
 
-Each is pinned by commit and SHA-256, but for three whose checksum is not known: AQuA's training
-file (its commit is pinned) and the two of ASDiv-Aug (the newest commit of its branch is used).
+Each is pinned by commit and SHA-256, but for five whose checksum is not known: AIME 2025, AMC 2023
+and AQuA's training file (their commits are pinned), and the two of ASDiv-Aug (the newest commit of
+its branch is used).
 
 Files are kept in $XDG_CACHE_HOME/soft-reasoning-reference, or in ~/.cache/soft-reasoning-reference
 where that variable is unset.
@@ -75,6 +76,8 @@ SOURCES = {  # name in the cache folder -> repository and commit, path, bytes, S
         14742,
         "d7e2deccb589c973cffabb5d36e8e428a9c9c595dae6b6c95beb2ee2cfa870c3",
     ),
+    "aime2025.json": Source(*SOFT_THINKING, "datasets/aime2025.json"),
+    "amc23.json": Source(*SOFT_THINKING, "datasets/amc23.json"),
     "gpqa_diamond.json": Source(
         *SOFT_THINKING,
         "datasets/gpqa_diamond.json",

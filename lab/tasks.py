@@ -45,6 +45,8 @@ ALL = (
     Task("gsm8k-train", "number", "gsm8k_train.jsonl", parse=gsm8k_row),
     Task("math500", "math", "math500.json", json_document, chat_row),
     Task("aime2024", "number", "aime2024.json", json_document, chat_row),
+    Task("aime2025", "number", "aime2025.json", json_document, chat_row),
+    Task("amc23", "number", "amc23.json", json_document, chat_row),
     Task("gpqa_diamond", "choice", "gpqa_diamond.json", json_document, chat_row),
     # gsm_hard's gold answers are rounded floats.
     Task("gsm_hard", "number", "gsm_hard.json", json_document, tolerance=1e-2),

@@ -64,6 +64,8 @@ COUNTS = {
     "gsm8k-train": 7473,
     "math500": 500,
     "aime2024": 30,
+    "aime2025": 30,
+    "amc23": 40,
     "gpqa_diamond": 198,
     "gsm_hard": 1306,
     "svamp": 300,
@@ -183,6 +185,23 @@ def test_the_formats_of_the_files(cache, monkeypatch):
     assert load("aqua") == [
         Problem("aqua-00000", "Q?", "B", "choice", {"A": "1", "B": "2"}, ["So B."])
     ]
+
+
+def test_the_numbers_of_aime_and_amc(cache):
+    """AMC's answers may be floats, or fractions; the files' checksums are not known."""
+    answers = [70, "27.0", 27.0, "-1/2", "-1", "\\frac{1}{2}"]
+    rows = [
+        {"prompt": [{"from": "user", "value": "How many?"}], "final_answer": a} for a in answers
+    ]
+    right = ["70", "27", "27.0", "-0.5", "-1.0", "0.5"]
+    for name in ("aime2025", "amc23"):
+        (cache / f"{name}.json").write_text(json.dumps(rows))
+        problems = load(name)
+        assert [problem.kind for problem in problems] == ["number"] * 6
+        for problem, said in zip(problems, right):
+            answer = extract(f"So it is \\boxed{{{said}}}.", "number")
+            assert grade(answer, problem.answer, "number"), (said, problem.answer)
+            assert not grade("26", problem.answer, "number")
 
 
 def test_date_understanding_does_not_always_list_the_right_option_first(cache, monkeypatch):
@@ -380,7 +399,8 @@ def test_no_network_names_the_address_and_the_place(cache):
 
 def test_only_the_files_that_the_documents_name_are_pinned_by_less_than_a_checksum(capsys, cache):
     loose = {name for name, source in sources.SOURCES.items() if source.sha256 is None}
-    assert loose == {"aqua_train.json", "asdiv_aug_train.jsonl", "asdiv_aug_test.jsonl"}
+    known = {"aqua_train.json", "asdiv_aug_train.jsonl", "asdiv_aug_test.jsonl"}
+    assert loose == known | {"aime2025.json", "amc23.json"}
     moving = {name for name, source in sources.SOURCES.items() if len(source.commit) != 40}
     assert moving == {"asdiv_aug_train.jsonl", "asdiv_aug_test.jsonl"}
     (cache / "aqua_train.json").write_text("")
