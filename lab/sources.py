@@ -47,6 +47,7 @@ GSM8K = "openai/grade-school-math", "3101c7d5072418e28b9008a6636bde82a006892c"
 SOFT_THINKING = "eric-ai-lab/Soft-Thinking", "b97407c60d5e971da4a4fe76f405d6e236d0ddfa"
 SOFT_REASONING = "alickzhu/Soft-Reasoning", "229b5f7803d930e685b4902fcef40c15daa193e2"
 STRATEGYQA = "eladsegal/strategyqa", "1ba1e97452e189569357876f2854b01357ffbe37"
+HUMANEVAL = "openai/human-eval", "6d43fb980f9fee3c892a914eda09951f772ad10d"
 AQUA = "google-deepmind/AQuA", "26b64ed1f22208c6742f47df547dfd65088ec30d"
 ZERO_SHOT_COT = "kojima-takeshi188/zero_shot_cot", "5ef330fcdeec0cd26aee27943504f91f8ec1c33c"
 ASDIV_AUG = "datasets/xuyige/ASDiv-Aug", "main"  # a branch: what it holds may change
@@ -83,6 +84,18 @@ SOURCES = {  # name in the cache folder -> repository and commit, path, bytes, S
         "datasets/gpqa_diamond.json",
         200369,
         "a24a0e376dcf6d1ea515ed6810c3918293406655ea760b6c2ab76e8b96af88da",
+    ),
+    "mbpp.json": Source(
+        *SOFT_THINKING,
+        "datasets/mbpp.json",
+        203657,
+        "1a2894d0aadfb104c2c43b5d241f559f8bee4bc3db85336196031d96afce5822",
+    ),
+    "humaneval.jsonl.gz": Source(
+        *HUMANEVAL,
+        "data/HumanEval.jsonl.gz",
+        44877,
+        "b796127e635a67f93fb35c04f4cb03cf06f38c8072ee7cee8833d7bee06979ef",
     ),
     "gsm_hard.json": Source(
         *SOFT_REASONING,
