@@ -9,6 +9,7 @@ import re
 
 from lab.expression import beginning, value
 from lab.latex import NUMBER, bare, normalise, plain, readings, tidy
+from lab.programs import program
 from lab.verdicts import verdict_in, yes_or_no
 
 IS = r"(?:is|was|must\sbe|would\sbe|should\sbe|will\sbe|has\sto\sbe)"
@@ -36,8 +37,10 @@ def extract(text: str, kind: str, choices: dict[str, str] | None = None) -> str 
     """Find the answer that a text gives, or None.
 
     kind: 'number' (the answer is the number as written), 'math' (LaTeX), 'choice' (the letter of
-    one of `choices`, letter -> text) or 'yesno' ('yes' or 'no').
+    one of `choices`, letter -> text), 'yesno' ('yes' or 'no') or 'code' (see lab/programs.py).
     """
+    if kind == "code":
+        return program(text)
     for place in boxed(text):
         answer = read(place[:LONG], kind, choices, True)
         if answer is not None:

@@ -29,7 +29,11 @@ FLAGS = {  # those that are no settings of a method
     "task": {"help": f"score a benchmark: {TASKS}"},
     "data": {
         "metavar": "FILE",
-        "help": "score your own JSON lines: question, answer, optional choices, steps",
+        "help": "score your own JSON lines: question, answer (or tests), optional choices, steps",
+    },
+    "run-generated-code": {
+        "action": "store_true",
+        "help": "permit tasks whose answers are programs: they are run (see lab/sandbox.py)",
     },
     "limit": {"type": int, "help": "only the first so many problems"},
     "methods": {"help": "with --task: several, compared problem by problem (default: {methods})"},
@@ -264,7 +268,8 @@ def score(
         only_soft = {"noise": None} if method != "soft" and hasattr(args, "noise") else {}
         wanted[method] = settings_of(args, settings, method=method, **only_soft)
     name, samples = args.task or "data", {m: view.samples(args, s) for m, s in wanted.items()}
-    problems, task = tasks.load(name, args.data, args.limit), tasks.TASKS[name]
+    problems = tasks.load(name, args.data, args.limit, args.run_generated_code)
+    task = tasks.TASKS[name]
     model, tokenizer = load(args)
 
     def solver(s: Any) -> Callable:

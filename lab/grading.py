@@ -3,7 +3,8 @@
     answer = extract(generated_text, problem.kind, problem.choices)  # '18', or None
     grade(answer, problem.answer, problem.kind)                      # True
 
-How an answer is found in a text is lab/answers.py, what a number's text stands for lab/latex.py.
+How an answer is found in a text is lab/answers.py, what a number's text stands for lab/latex.py,
+how a program's tests are run lab/programs.py.
 """
 
 import functools
@@ -13,6 +14,7 @@ from fractions import Fraction
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+from lab import programs
 from lab.answers import extract
 from lab.latex import normalise, readings
 from model import split_thought
@@ -48,9 +50,11 @@ def grader(task: "Task") -> str:
     without = "normalised string equality (math-verify is not installed)"
     latex = "math-verify" if math_verify() else without
     numbers = f"numbers within {task.tolerance}" if task.tolerance else "numbers, exact"
-    own = f"{numbers}; letters; yes/no; LaTeX by {latex}"  # of problems that are of any kind
-    names = {"number": numbers, "math": latex, "choice": "letters", "yesno": "yes/no", None: own}
-    return names[task.kind]
+    code = programs.grader(bool(task.file))
+    # of problems that are of any kind
+    own = f"{numbers}; letters; yes/no; LaTeX by {latex}; programs by {programs.grader(True)}"
+    names = {"number": numbers, "math": latex, "choice": "letters", "yesno": "yes/no"}
+    return (names | {"code": code, None: own})[task.kind]
 
 
 def grade(extracted: str | None, gold: str, kind: str, tolerance: float = 0) -> bool:
@@ -59,11 +63,15 @@ def grade(extracted: str | None, gold: str, kind: str, tolerance: float = 0) -> 
     number: |extracted - gold| <= tolerance * min(1, |gold|), so that 0 is no answer to 5e-7 and
             a large number has to be right to the hundredth; 50 % counts as 50 and as 0.5; an
             irrational expression, in six digits
-    math:   equal as rational numbers, as normalised strings, or (if it is installed) by math-verify
+    math:   equal as rational numbers, as normalised strings, or (if it is installed) by
+            math-verify, whose time-outs and errors count as wrong
     choice, yesno: equal
+    code:   gold's tests pass, which are run (lab/programs.py); of two samples see `reader`
     """
     if extracted is None:
         return False
+    if kind == "code":
+        return programs.passes(extracted, gold)
     if kind in ("choice", "yesno"):
         return extracted == gold
     slack = Fraction(str(tolerance))
@@ -80,7 +88,12 @@ def grade(extracted: str | None, gold: str, kind: str, tolerance: float = 0) -> 
     if len(extracted) >= 1000 or re.search(r"[({\[-]{9}", extracted):
         return False
     judge = math_verify()
-    return bool(judge) and judge.verify(judge.parse(f"${gold}$"), judge.parse(f"${extracted}$"))
+    try:
+        return bool(judge) and judge.verify(judge.parse(f"${gold}$"), judge.parse(f"${extracted}$"))
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException:  # noqa: BLE001 (its TimeoutException is no Exception)
+        return False
 
 
 # ------------------------------------------------------------------------------------------ voting
@@ -111,10 +124,12 @@ def reader(
     """Two functions for one problem, for a search that knows nothing of tasks: read and same.
 
     read(text) is the answer in a text, or None; same(a, b) tells whether two answers agree, and
-    None agrees with nothing.
+    None agrees with nothing. Programs agree where their texts are equal; none is run.
     """
 
     def same(a: str | None, b: str | None) -> bool:
-        return a is not None and b is not None and grade(a, b, problem.kind, tolerance)
+        if a is None or b is None or problem.kind == "code":
+            return a is not None and a == b
+        return grade(a, b, problem.kind, tolerance)
 
     return functools.partial(read_answer, problem=problem), same

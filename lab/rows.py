@@ -1,21 +1,23 @@
 """How the files of the benchmarks are read: what a row is, and where it holds a problem."""
 
+import gzip
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from lab.programs import fenced, with_tests
 from model import UserError
 
 
-def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+def json_lines(path: Path, opened: Callable = open) -> Iterator[tuple[str, Any]]:
     """Read a file of JSON lines: pairs of a place ('line 7') and a row.
 
     Raises UserError on a line that is not JSON.
     """
-    with open(path, "rb") as file:
+    with opened(path, "rb") as file:
         for n, line in enumerate(file, 1):
             if line.strip():
                 try:
@@ -24,6 +26,10 @@ def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
                     raise UserError(
                         f"{path}, line {n}: not a JSON object ({error}); fix or delete the line"
                     ) from None
+
+
+def gzipped_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    return json_lines(path, gzip.open)
 
 
 def json_document(path: Path) -> Iterator[tuple[str, Any]]:
@@ -42,11 +48,12 @@ def json_document(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def plain_row(row: dict) -> tuple:
-    """`question`, `answer`, and optional `choices` and `steps`.
+    """`question`, `answer`, and optional `choices` and `steps`; or `question` and `tests`.
 
     StrategyQA's files call the steps `facts` or `thought`.
     """
-    question, answer = row["question"], row["answer"]
+    question = row["question"]
+    answer = with_tests(row["tests"]) if "tests" in row else row["answer"]
     steps = row.get("steps", row.get("facts", row.get("thought")))
     return question, answer, row.get("choices"), steps
 
@@ -75,3 +82,26 @@ def bigbench_row(row: dict) -> tuple:
     options = sorted(row["target_scores"], key=place)
     (right,) = [option for option in options if row["target_scores"][option]]
     return row["input"], right, options, None
+
+
+def humaneval_row(row: dict) -> tuple:
+    """The program may be the body of the prompt's function, or the function once more."""
+    check = f"{row['test']}\ncheck({row['entry_point']})"
+    question = f"Complete this function.\n\n{fenced(row['prompt'])}"
+    return question, with_tests(check, row["prompt"]), None, None
+
+
+def mbpp_row(row: dict) -> tuple:
+    """The tests are shown: nothing else says how the function is called."""
+    question, gold = row["prompt"][0]["value"], row["final_answer"]
+    tests = "\n".join(gold["test_list"])
+    question = f"{question}\n\nThe program must pass these tests.\n\n{fenced(tests)}"
+    return question, with_tests("\n".join([*gold["test_import"], tests])), None, None
+
+
+def livecodebench_row(row: dict) -> tuple:
+    """A row of LiveCodeBench's own files; in the answer's place its `question_id`."""
+    start = "The program reads standard input and prints the answer."
+    if row["starter_code"].strip():
+        start = f"Complete this.\n\n{fenced(row['starter_code'])}"
+    return f"{row['question_content']}\n\n{start}", row["question_id"], None, None

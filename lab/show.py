@@ -14,7 +14,7 @@ from torch import Tensor
 from lab import study
 from model import Tokenizer, Transformer, UserError
 
-FIRST = "model question task data limit methods seed"
+FIRST = "model question task data limit run-generated-code methods seed"
 
 
 class Thought:

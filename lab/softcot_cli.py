@@ -71,7 +71,8 @@ def command_line(command: str | None, method: ModuleType) -> argparse.ArgumentPa
     number = "N, or several with commas, one row each (default: as many as were trained)"
     add("--thoughts", default=None, help=number)
     chosen = f"of {', '.join(METHODS)} (default: all, lora only with --lora)"
-    cli.add_flags(parser, "methods seed batch-size output json", methods={"help": chosen})
+    flags = "run-generated-code methods seed batch-size output json"
+    cli.add_flags(parser, flags, methods={"help": chosen})
     own = "of cot-unk, made by train (default: the placeholders' own embeddings)"
     add("--prompt", metavar="FILE", help=own)
     add("--lora", metavar="FOLDER", help="of lora: an adapter, made by train or by PEFT")
@@ -207,7 +208,8 @@ def score(
         numbers = "numbers from 0 on, with commas between them"
         raise UserError(f"--thoughts takes {numbers}, not {args.thoughts!r}")
     name = "data" if args.data and not args.task else args.task or "tiny"
-    problems, task = tasks.load(name, args.data, args.limit), tasks.TASKS[name]
+    problems = tasks.load(name, args.data, args.limit, args.run_generated_code)
+    task = tasks.TASKS[name]
     model, tokenizer = load(args.model, args.device, args.dtype)
     rows = variants(args, model, methods, [int(n) for n in numbers], method, lora)
     base = {

@@ -1,7 +1,8 @@
 """Where the files of the benchmarks come from, and how each is downloaded, checked and kept.
 
-Each is pinned by commit and SHA-256, but for three whose checksum is not known: AQuA's training
-file (its commit is pinned) and the two of ASDiv-Aug (the newest commit of its branch is used).
+Each is pinned by commit and SHA-256, but for five whose checksum is not known: AIME 2025, AMC 2023
+and AQuA's training file (their commits are pinned), and the two of ASDiv-Aug (the newest commit of
+its branch is used).
 
 Files are kept in $XDG_CACHE_HOME/soft-reasoning-reference, or in ~/.cache/soft-reasoning-reference
 where that variable is unset.
@@ -46,6 +47,7 @@ GSM8K = "openai/grade-school-math", "3101c7d5072418e28b9008a6636bde82a006892c"
 SOFT_THINKING = "eric-ai-lab/Soft-Thinking", "b97407c60d5e971da4a4fe76f405d6e236d0ddfa"
 SOFT_REASONING = "alickzhu/Soft-Reasoning", "229b5f7803d930e685b4902fcef40c15daa193e2"
 STRATEGYQA = "eladsegal/strategyqa", "1ba1e97452e189569357876f2854b01357ffbe37"
+HUMANEVAL = "openai/human-eval", "6d43fb980f9fee3c892a914eda09951f772ad10d"
 AQUA = "google-deepmind/AQuA", "26b64ed1f22208c6742f47df547dfd65088ec30d"
 ZERO_SHOT_COT = "kojima-takeshi188/zero_shot_cot", "5ef330fcdeec0cd26aee27943504f91f8ec1c33c"
 ASDIV_AUG = "datasets/xuyige/ASDiv-Aug", "main"  # a branch: what it holds may change
@@ -75,11 +77,25 @@ SOURCES = {  # name in the cache folder -> repository and commit, path, bytes, S
         14742,
         "d7e2deccb589c973cffabb5d36e8e428a9c9c595dae6b6c95beb2ee2cfa870c3",
     ),
+    "aime2025.json": Source(*SOFT_THINKING, "datasets/aime2025.json"),
+    "amc23.json": Source(*SOFT_THINKING, "datasets/amc23.json"),
     "gpqa_diamond.json": Source(
         *SOFT_THINKING,
         "datasets/gpqa_diamond.json",
         200369,
         "a24a0e376dcf6d1ea515ed6810c3918293406655ea760b6c2ab76e8b96af88da",
+    ),
+    "mbpp.json": Source(
+        *SOFT_THINKING,
+        "datasets/mbpp.json",
+        203657,
+        "1a2894d0aadfb104c2c43b5d241f559f8bee4bc3db85336196031d96afce5822",
+    ),
+    "humaneval.jsonl.gz": Source(
+        *HUMANEVAL,
+        "data/HumanEval.jsonl.gz",
+        44877,
+        "b796127e635a67f93fb35c04f4cb03cf06f38c8072ee7cee8833d7bee06979ef",
     ),
     "gsm_hard.json": Source(
         *SOFT_REASONING,

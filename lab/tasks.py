@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lab import grading
+from lab import grading, programs
 from lab.grading import readings
-from lab.rows import aqua_row, bigbench_row, chat_row, gsm8k_row
-from lab.rows import json_document, json_lines, plain_row
+from lab.rows import aqua_row, bigbench_row, chat_row, gsm8k_row, gzipped_lines, humaneval_row
+from lab.rows import json_document, json_lines, livecodebench_row, mbpp_row, plain_row
 from lab.sources import ROOT, SOURCES, fetch
 from model import UserError
 
@@ -30,7 +30,7 @@ class Task:
 
     name: str
     kind: str | None  # kind of every answer; None: judged from each gold answer
-    file: str  # a name in SOURCES, or a path in this repository
+    file: str  # a name in SOURCES, or a path in this repository; '': the user's own --data FILE
     rows: Callable[[Path], Iterator[tuple[str, Any]]] = json_lines
     parse: Callable[[dict], tuple] = plain_row
     tolerance: float = 0  # of numbers, see `grade`; 0 is exact
@@ -45,6 +45,8 @@ ALL = (
     Task("gsm8k-train", "number", "gsm8k_train.jsonl", parse=gsm8k_row),
     Task("math500", "math", "math500.json", json_document, chat_row),
     Task("aime2024", "number", "aime2024.json", json_document, chat_row),
+    Task("aime2025", "number", "aime2025.json", json_document, chat_row),
+    Task("amc23", "number", "amc23.json", json_document, chat_row),
     Task("gpqa_diamond", "choice", "gpqa_diamond.json", json_document, chat_row),
     # gsm_hard's gold answers are rounded floats.
     Task("gsm_hard", "number", "gsm_hard.json", json_document, tolerance=1e-2),
@@ -60,6 +62,9 @@ ALL = (
     Task("asdiv-aug", "number", "asdiv_aug_test.jsonl", parse=gsm8k_row, tolerance=1e-2),
     Task("asdiv-aug-train", "number", "asdiv_aug_train.jsonl", parse=gsm8k_row, tolerance=1e-2),
     Task("date_understanding", "choice", "date_understanding.json", json_document, bigbench_row),
+    Task("humaneval", "code", "humaneval.jsonl.gz", gzipped_lines, humaneval_row),
+    Task("mbpp", "code", "mbpp.json", json_document, mbpp_row),
+    Task("livecodebench", "code", "", parse=livecodebench_row),  # graded by its own evaluator
     Task("data", None, ""),  # the user's own --data FILE without a task
 )
 TASKS = {task.name: task for task in ALL}
@@ -107,18 +112,22 @@ class Problem:
 
     id: str  # 'gsm8k-00017': the task and the place in its file
     question: str
-    answer: str  # gold: number, LaTeX, letter of a choice, or yes/no, according to `kind`
-    kind: str  # 'number', 'math', 'choice' or 'yesno': how an answer is read and compared
+    answer: str  # gold: number, LaTeX, letter, yes/no, or tests, according to `kind`
+    kind: str  # 'number', 'math', 'choice', 'yesno' or 'code': how an answer is read and judged
     choices: dict[str, str] | None = None  # letter -> text
     steps: list[str] | None = None  # worked reasoning, line by line, for training
 
 
-def load(name: str, data: str | Path | None = None, limit: int | None = None) -> list[Problem]:
+def load(
+    name: str, data: str | Path | None = None, limit: int | None = None, run_code: bool = False
+) -> list[Problem]:
     """Load the first `limit` problems of a task.
 
-    data: the user's own JSON lines (`question`, `answer`, optional `choices`, `steps`), read in
-    the place of the task's file; the task 'data' judges each answer's kind by itself.
-    Raises UserError for an unknown task, a file that cannot be had, and a row that is no problem.
+    data: the user's own JSON lines (`question`, `answer` or `tests`, optional `choices`, `steps`),
+    read in the place of the task's file; the task 'data' judges each answer's kind by itself.
+    run_code: whether generated programs may be run, which is the only way to grade some tasks.
+    Raises UserError for an unknown task, a file that cannot be had, a row that is no problem, and
+    programs that may not, or cannot, be run.
     """
     if name not in TASKS:
         near = difflib.get_close_matches(name, TASKS, n=3)
@@ -128,9 +137,10 @@ def load(name: str, data: str | Path | None = None, limit: int | None = None) ->
         raise UserError(f"--limit {limit}: give a number of problems, 1 or more")
     task = TASKS[name]
     if data:
-        path, rows, parse, part = Path(data), json_lines, plain_row, (0, 1)
-    elif name == "data":
-        raise UserError("the task 'data' reads your own problems: name their file with --data FILE")
+        parse = plain_row if task.file else task.parse
+        path, rows, part = Path(data), json_lines, (0, 1)
+    elif not task.file:
+        raise UserError(f"the task {name!r} reads your own file: name it with --data FILE")
     else:
         path, rows, parse, part = fetch(task.file), task.rows, task.parse, task.part
     try:
@@ -140,10 +150,12 @@ def load(name: str, data: str | Path | None = None, limit: int | None = None) ->
     start, stop = (int(fraction * len(rows)) for fraction in part)
     if start == stop:
         raise UserError(f"{path} holds no problems")
-    return [
+    problems = [
         make_problem(task, n, row, parse, f"{path}, {place}")
         for n, (place, row) in enumerate(rows[start:stop][:limit], start)
     ]
+    programs.permitted(problems, str(data or name), run_code)
+    return problems
 
 
 def make_problem(task: Task, n: int, row: Any, parse: Callable, where: str) -> Problem:
@@ -187,6 +199,8 @@ def make_problem(task: Task, n: int, row: Any, parse: Callable, where: str) -> P
         kind = "choice"
     elif task.kind:
         kind = task.kind
+    elif programs.HERE in answer:
+        kind = "code"
     elif verdict in ("yes", "no"):
         kind = "yesno"
     else:
@@ -203,6 +217,8 @@ def make_problem(task: Task, n: int, row: Any, parse: Callable, where: str) -> P
         if verdict not in ("yes", "no"):
             raise wrong(f"the answer {answer!r} is not yes, no, true or false")
         answer = verdict
+    elif kind == "code" and task.parse is not livecodebench_row and programs.HERE not in answer:
+        raise wrong("'tests' is missing")
     elif kind == "number" and not readings(answer):
         raise wrong(f"the answer {answer!r} is not a number")
     return Problem(f"{task.name}-{n:05d}", question.strip(), answer, kind, choices, steps)
@@ -217,6 +233,8 @@ INSTRUCTION = {
     "\\boxed{}.",
     "choice": "Think step by step. Then write the letter of the right choice inside \\boxed{}.",
     "yesno": "Think step by step. Then write yes or no inside \\boxed{}.",
+    "code": "Think step by step. Then write the whole program in Python, in one code block that "
+    "begins with ```python, without tests or examples.",
 }
 
 

@@ -265,6 +265,32 @@ def test_mistakes_of_soft_thinking_are_one_line_and_exit_code_2(arguments, said,
     assert error.startswith("soft_thinking.py: ")
 
 
+TESTED = {"question": "One?", "tests": "assert one() == 1"}
+
+
+@pytest.mark.parametrize("main", [think, reason])
+def test_code_is_not_run_without_leave_and_the_model_is_not_loaded(main, tmp_path, capsys):
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps(TESTED) + "\n")
+    arguments = ["--model", "no such model", "--device", "cpu", "--data", str(data)]
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert "permit it with --run-generated-code" in error and error.count("\n") == 1
+    assert main([*arguments, "--run-generated-code"]) == 2
+    assert "unknown model no such model" in capsys.readouterr().err
+
+
+def test_code_is_scored_where_it_may_be_run(folder_of, capsys, tmp_path):
+    data, out = tmp_path / "data.jsonl", tmp_path / "out.jsonl"
+    data.write_text(json.dumps(TESTED) + "\n")
+    arguments = ["--model", str(long_context(folder_of("qwen3"))), "--device", "cpu"]
+    arguments += ["--data", str(data), "--method", "greedy", "--max-new-tokens", "7"]
+    assert think([*arguments, "--output", str(out), "--run-generated-code"]) == 0
+    assert "programs by running the tests" in capsys.readouterr().out
+    (record,) = records_of(out)
+    assert record["correct"] is False and "assert one() == 1" in record["gold"]
+
+
 def test_control_c_ends_within_a_second_and_keeps_what_was_finished(folder_of, tmp_path):
     folder, out = long_context(folder_of("qwen3"), 100000), tmp_path / "out.jsonl"
     command = [sys.executable, "soft_thinking.py", "--model", str(folder), "--question", "x"]

@@ -258,6 +258,41 @@ def test_latex_is_compared_without_math_verify(a, b, equal, monkeypatch):
     assert "not installed" in grading.grader(TASKS["math500"])
 
 
+class Judge:
+    """In the place of math-verify: it fails in a way of the test's choice."""
+
+    def __init__(self, parse=None, verify=None):
+        self.errors = {"parse": parse, "verify": verify}
+
+    def parse(self, text):
+        return self.answer("parse", text)
+
+    def verify(self, gold, answer):
+        return self.answer("verify", True)
+
+    def answer(self, name, value):
+        if self.errors[name]:
+            raise self.errors[name]
+        return value
+
+
+class TimeoutException(BaseException):
+    """As math-verify's own, which is no Exception."""
+
+
+@pytest.mark.parametrize("error", [TimeoutException(), ValueError("signal"), RecursionError()])
+def test_what_math_verify_has_no_answer_to_is_wrong_and_ends_no_run(error, monkeypatch):
+    pair = "\\frac{1}{\\sqrt{3}}x", "\\frac{\\sqrt{3}}{3}x"
+    monkeypatch.setattr(grading, "math_verify", Judge)
+    assert grade(*pair, "math")
+    for where in ("parse", "verify"):
+        monkeypatch.setattr(grading, "math_verify", lambda where=where: Judge(**{where: error}))
+        assert not grade(*pair, "math")
+    monkeypatch.setattr(grading, "math_verify", lambda: Judge(verify=KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        grade(*pair, "math")
+
+
 def spelled(rng, numerator, denominator):
     """One of the ways to write a fraction whose decimals end.
 

@@ -31,6 +31,16 @@ def projection(pair, data, tmp_path):
 # ------------------------------------------------------------------------------------ evaluation
 
 
+def test_code_is_not_run_without_leave(tmp_path, capsys):
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps({"question": "One?", "tests": "assert one() == 1"}) + "\n")
+    arguments = ["eval", "--model", "no such model", "--data", str(data)]
+    assert main(arguments) == 2
+    assert "permit it with --run-generated-code" in capsys.readouterr().err
+    assert main([*arguments, "--run-generated-code"]) == 2
+    assert "unknown model no such model" in capsys.readouterr().err
+
+
 def records(path):
     return {
         (r["problem"], r["method"], r["sample"]): {k: v for k, v in r.items() if k != "seconds"}

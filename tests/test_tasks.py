@@ -4,6 +4,7 @@ TASK_DATA=folder names copies of the benchmark files (as in sources.json); witho
 skipped.
 """
 
+import gzip
 import hashlib
 import json
 import os
@@ -15,6 +16,7 @@ import pytest
 
 from lab import sources
 from lab.grading import extract, grade
+from lab.programs import HERE
 from lab.tasks import TASKS, TRAINING, Problem, load, prompt, training
 from model import UserError
 
@@ -64,6 +66,10 @@ COUNTS = {
     "gsm8k-train": 7473,
     "math500": 500,
     "aime2024": 30,
+    "aime2025": 30,
+    "amc23": 40,
+    "humaneval": 164,
+    "mbpp": 257,
     "gpqa_diamond": 198,
     "gsm_hard": 1306,
     "svamp": 300,
@@ -82,11 +88,15 @@ def test_every_file_parses_to_the_number_of_problems_that_its_paper_reports(name
     if not source.exists():
         pytest.skip(f"set TASK_DATA to a folder that holds {TASKS[name].file}")
     shutil.copy(source, cache)
-    problems = load(name)
+    problems = load(name, run_code=True)
     assert len(problems) == COUNTS[name] == len({problem.id for problem in problems})
     for problem in problems:
         text = prompt(problem, TASKS[name])
-        assert problem.question in text and "\\boxed{}" in text
+        assert problem.question in text
+        if problem.kind == "code":
+            assert problem.answer.count(HERE) == 1 and text.count("```python\n") == 1
+            continue
+        assert "\\boxed{}" in text
         assert all(choice in text for choice in (problem.choices or {}).values())
         answer = extract(
             f"3 steps. So it is \\boxed{{{problem.answer}}}.", problem.kind, problem.choices
@@ -183,6 +193,93 @@ def test_the_formats_of_the_files(cache, monkeypatch):
     assert load("aqua") == [
         Problem("aqua-00000", "Q?", "B", "choice", {"A": "1", "B": "2"}, ["So B."])
     ]
+
+
+def test_the_numbers_of_aime_and_amc(cache):
+    """AMC's answers may be floats, or fractions; the files' checksums are not known."""
+    answers = [70, "27.0", 27.0, "-1/2", "-1", "\\frac{1}{2}"]
+    rows = [
+        {"prompt": [{"from": "user", "value": "How many?"}], "final_answer": a} for a in answers
+    ]
+    right = ["70", "27", "27.0", "-0.5", "-1.0", "0.5"]
+    for name in ("aime2025", "amc23"):
+        (cache / f"{name}.json").write_text(json.dumps(rows))
+        problems = load(name)
+        assert [problem.kind for problem in problems] == ["number"] * 6
+        for problem, said in zip(problems, right):
+            answer = extract(f"So it is \\boxed{{{said}}}.", "number")
+            assert grade(answer, problem.answer, "number"), (said, problem.answer)
+            assert not grade("26", problem.answer, "number")
+
+
+HUMANEVAL = {
+    "task_id": "Made/0",
+    "prompt": 'from typing import List\n\n\ndef largest(xs: List[int]) -> int:\n    """Which?"""\n',
+    "entry_point": "largest",
+    "canonical_solution": "    return max(xs)\n",
+    "test": "\n\ndef check(candidate):\n    assert candidate([1, 3, 2]) == 3\n",
+}
+MBPP = {
+    "prompt": [{"from": "user", "value": "Write a function for the area of a circle."}],
+    "final_answer": {
+        "task_id": 7,
+        "code": "import math\ndef area(r):\n    return math.pi * r * r",
+        "test_list": ["assert math.isclose(area(1), math.pi)", "assert area(0) == 0"],
+        "test_import": ["import math"],
+    },
+}
+
+
+def test_the_rows_of_code_and_what_is_asked(cache, monkeypatch):
+    """Each prompt says how the function is called, once, and never shows how it is solved."""
+    line = json.dumps(HUMANEVAL).encode()
+    put(monkeypatch, cache, "humaneval.jsonl.gz", gzip.compress(line + b"\n" + line + b"\n"))
+    put(monkeypatch, cache, "mbpp.json", json.dumps([MBPP]).encode())
+    problems = load("humaneval", run_code=True)
+    assert [problem.id for problem in problems] == ["humaneval-00000", "humaneval-00001"]
+    text = prompt(problems[0], TASKS["humaneval"])
+    assert text.count("def largest(xs: List[int]) -> int:") == text.count("largest") == 1
+    assert "return max" not in text and "candidate" not in text
+    assert text.endswith("without tests or examples.")
+    (problem,) = load("mbpp", run_code=True)
+    text = prompt(problem, TASKS["mbpp"])
+    assert text.startswith("Write a function for the area of a circle.\n")
+    assert all(text.count(test) == 1 for test in MBPP["final_answer"]["test_list"])
+    assert "import math" not in text and "r * r" not in text
+    with pytest.raises(UserError, match="mbpp.json, entry 1: the field 'test_list' is missing"):
+        bad = MBPP | {"final_answer": {"tests": []}}
+        put(monkeypatch, cache, "mbpp.json", json.dumps([bad]).encode())
+        load("mbpp", run_code=True)
+
+
+def test_code_is_loaded_only_where_it_may_be_run(cache, monkeypatch, tmp_path):
+    put(monkeypatch, cache, "mbpp.json", json.dumps([MBPP]).encode())
+    own = write_lines(tmp_path / "own.jsonl", {"question": "Q?", "tests": "assert f() == 1"})
+    for arguments in (("mbpp",), ("mbpp", own), ("data", own), ("tiny", own)):
+        if arguments[0] == "tiny":  # its answers are numbers
+            with pytest.raises(UserError, match="is not a number"):
+                load(*arguments, run_code=True)
+            continue
+        with pytest.raises(UserError, match="running the programs .*--run-generated-code"):
+            load(*arguments)
+        assert load(*arguments, run_code=True)[0].kind == "code"
+    with pytest.raises(UserError, match="'tests' is missing"):
+        load("mbpp", write_lines(tmp_path / "no.jsonl", {"question": "Q?", "answer": "1"}))
+
+
+def test_livecodebench_reads_its_own_rows_and_runs_nothing(tmp_path):
+    rows = [
+        {"question_id": "1873_A", "question_content": "Sort.", "starter_code": ""},
+        {"question_id": "2727", "question_content": "Add.", "starter_code": "class Solution:\n"},
+    ]
+    path = write_lines(tmp_path / "problems.jsonl", *rows)
+    problems = load("livecodebench", path)
+    assert [problem.answer for problem in problems] == ["1873_A", "2727"]
+    first, second = (prompt(problem, TASKS["livecodebench"]) for problem in problems)
+    assert "standard input" in first and first.count("Sort.") == 1
+    assert second.count("class Solution:") == 1 and "standard input" not in second
+    with pytest.raises(UserError, match="'livecodebench' reads your own file: .*--data FILE"):
+        load("livecodebench")
 
 
 def test_date_understanding_does_not_always_list_the_right_option_first(cache, monkeypatch):
@@ -380,7 +477,8 @@ def test_no_network_names_the_address_and_the_place(cache):
 
 def test_only_the_files_that_the_documents_name_are_pinned_by_less_than_a_checksum(capsys, cache):
     loose = {name for name, source in sources.SOURCES.items() if source.sha256 is None}
-    assert loose == {"aqua_train.json", "asdiv_aug_train.jsonl", "asdiv_aug_test.jsonl"}
+    known = {"aqua_train.json", "asdiv_aug_train.jsonl", "asdiv_aug_test.jsonl"}
+    assert loose == known | {"aime2025.json", "amc23.json"}
     moving = {name for name, source in sources.SOURCES.items() if len(source.commit) != 40}
     assert moving == {"asdiv_aug_train.jsonl", "asdiv_aug_test.jsonl"}
     (cache / "aqua_train.json").write_text("")
