@@ -143,10 +143,10 @@ def upper_confidence_bound(mean: Tensor, std: Tensor, kappa: float = 2.0) -> Ten
     return mean + kappa * std
 
 
-SCORES = {  # what suggest ranks by: (mean, std, best) -> [m]
-    "ei": log_expected_improvement,
-    "pi": lambda mean, std, best: (mean - best) / std.clamp(min=1e-300),  # PI's order, unrounded
-    "ucb": lambda mean, std, best: upper_confidence_bound(mean, std),
+SCORES = {  # what suggest ranks by: (mean, std, best, kappa) -> [m]; pi: PI's order, unrounded
+    "ei": lambda mean, std, best, kappa: log_expected_improvement(mean, std, best),
+    "pi": lambda mean, std, best, kappa: (mean - best) / std.clamp(min=1e-300),
+    "ucb": lambda mean, std, best, kappa: upper_confidence_bound(mean, std, kappa),
 }
 
 
@@ -156,14 +156,15 @@ def suggest(
     candidates: Tensor | None = None,
     acquisition: str = "ei",
     generator: torch.Generator | None = None,
+    kappa: float = 2.0,
 ) -> tuple[Tensor, Tensor]:
     """The k points to evaluate together next, to make y large, [k, d], and EI at each choice, [k].
 
     candidates [m, d] are random points of the region to search: torch.rand(5000, d) for a box
-    [0, 1]^d; by default 5,000 draws from N(0, I). acquisition is "ei", "pi" or "ucb". Each point is
-    the best of the candidates and of variations of the best x so far, refined by two rounds of
-    closer variations. The next is chosen as if that point's value were its posterior mean (kriging
-    believer: Ginsbourger et al. 2010). Equal generator states, equal points. Raises ValueError.
+    [0, 1]^d; by default 5,000 draws from N(0, I). acquisition: "ei", "pi", or "ucb" with its kappa.
+    Each point is the best of the candidates and of variations of the best x so far, refined by two
+    rounds of closer variations. The next is chosen as if that point's value were its posterior mean
+    (kriging believer: Ginsbourger et al. 2010). Equal generators, equal points. Raises ValueError.
     """
     if not isinstance(k, int) or k < 1:
         raise ValueError(f"k: must be an integer of at least 1, got {k}")
@@ -177,13 +178,11 @@ def suggest(
     picks, values = [], []
     while len(picks) < k:
         n, best = len(gp.x), gp.y.max()
-        scores = SCORES[acquisition](*gp._posterior(Ks[:n]), best)
-        x, top = pool[scores.argmax()], scores.max()
+        scores = SCORES[acquisition](*gp._posterior(Ks[:n]), best, kappa)
+        x = pool[scores.argmax()]
         for reach in 0.7, 0.2:
-            near = _vary(x, candidates, reach, generator)
-            scores = SCORES[acquisition](*gp.posterior(near), best)
-            if scores.max() > top:
-                x, top = near[scores.argmax()], scores.max()
+            near = torch.cat([x[None], _vary(x, candidates, reach, generator)])
+            x = near[SCORES[acquisition](*gp.posterior(near), best, kappa).argmax()]
         mean, std = gp.posterior(x[None])
         picks.append(x)
         values.append(expected_improvement(mean, std, best))

@@ -40,7 +40,9 @@ class Settings:
     rounds: int = 5  # rounds at most, round 0 included
     dimension: int = 50  # d: of the space that is searched
     sigma: float = 1.0  # sigma: standard deviation of each coordinate of x - z
+    position: int = 0  # p: which answer token is perturbed, from 0 on; earlier ones are greedy
     acquisition: Literal["ei", "ucb", "pi", "random"] = "ei"  # how later points are chosen
+    kappa: float = 2.0  # of ucb: standard deviations that are added to the mean
     reward: Literal["verifier", "coherence", "both"] = "both"  # what is maximised
     coherence: Literal["prob", "mean", "sum"] = "prob"  # mean p; mean or sum (paper) of log p
     select: Literal["best", "vote"] = "best"  # best point's answer (paper), or majority (code)
@@ -49,7 +51,10 @@ class Settings:
     max_new_tokens: int = 4096  # of each generation; the context window ends it too
 
     def __post_init__(self):
-        check_ranges(self, "sigma", k=1, rounds=1, dimension=1, max_new_tokens=1, stop_threshold=0)
+        least = {"position": 0, "max_new_tokens": 1, "stop_threshold": 0}
+        check_ranges(self, "sigma kappa", k=1, rounds=1, dimension=1, **least)
+        if self.position >= self.max_new_tokens:
+            raise ValueError(f"position must be below max_new_tokens, not {self.position}")
 
 
 def last_number(text: str) -> str | None:
@@ -96,10 +101,11 @@ def encoded(model: Transformer, tokenizer: Tokenizer, message: str) -> Prompt:
 
 @dataclass(frozen=True, eq=False)
 class Generation:
-    """What a search asks for: the greedy continuation of a prompt and a perturbed first token."""
+    """What a search asks for: the greedy continuation of a prompt, with one token perturbed."""
 
     prompt: Prompt
-    offset: Tensor | None = None  # x - z, [D]: added to the first token's embedding
+    offset: Tensor | None = None  # x - z, [D]
+    position: int = 0  # of the answer token that it is added to
     seeds: tuple[int, ...] = (0,)
 
 
@@ -115,15 +121,15 @@ class Outcome:
 
 @torch.inference_mode()
 def generate_one(model: Transformer, tokenizer: Tokenizer, g: Generation, most: int) -> Outcome:
-    """y(x) for x = z + offset, of at most so many tokens."""
+    """y(x) for x = z + offset, of at most so many tokens; y(z) if it ends before the position."""
     x, eos, ids, probs = g.prompt.embeds, model.config.eos_ids, [], []
     cache, length = KVCache(model, 1, len(x)), len(x)
     while len(ids) < min(most, model.config.context - length):
         cache.reserve(length + len(ids))
         logits = model.logits(model(x[None], cache)[:, -1])  # x [T, D], later [1, D] -> [1, V]
         token = logits.argmax(-1)  # [1]
-        x = model.embed(token)  # z, for the first token
-        if not ids and g.offset is not None:
+        x = model.embed(token)  # z, for the token that is perturbed
+        if len(ids) == g.position and g.offset is not None:
             x = (x + g.offset.to(x.device)).to(x.dtype)
         ids.append(int(token))
         probs.append(float(torch.softmax(logits, -1)[0, token]))
@@ -152,13 +158,11 @@ def search(
     generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
     # A's entries have variance 1/d, so each coordinate of u A has variance 1: sigma is x - z's.
     A = torch.randn(d, D, generator=generator) / math.sqrt(d)
-    # Round 0: k points u ~ N(0, I).
-    U = torch.randn(s.k, d, generator=generator, dtype=torch.float64)
+    U = torch.randn(s.k, d, generator=generator, dtype=torch.float64)  # round 0: u ~ N(0, I)
     ei, points, verdicts, verdict = [None] * s.k, [], [], None
     for t in range(s.rounds):
-        best_before = max((point["reward"] for point in points), default=-math.inf)
         # Evaluate f at x = z + sigma u A.
-        outcomes = yield [Generation(prompt, offset=s.sigma * (u.float() @ A)) for u in U]
+        outcomes = yield [Generation(prompt, s.sigma * (u.float() @ A), s.position) for u in U]
         if s.reward != "coherence":
             verdict = yield from verify(model, tokenizer, question, [o.text for o in outcomes])
             verdicts.append(verdict)
@@ -166,22 +170,22 @@ def search(
             answer = question.read(outcome.text)
             # r_verifier = 1[y = y_v]
             r_verifier = float(question.same(answer, verdict["answer"])) if verdict else None
-            r_coherence = coherence(outcome, s.coherence)
+            r_coherence = coherence(outcome, s.coherence, s.position)
             if not math.isfinite(r_coherence):
                 cause = "the perturbed embedding makes the model's output not finite"
                 raise UserError(f"{cause}: lower --sigma {s.sigma}, or use --dtype bfloat16")
-            f = (r_verifier or 0.0) + (r_coherence if s.reward != "verifier" else 0.0)
+            reward = (r_verifier or 0.0) + (r_coherence if s.reward != "verifier" else 0.0)
             point = {"round": t, "u": u.tolist(), "reward_verifier": r_verifier}
-            point |= {"reward_coherence": r_coherence, "reward": f, "ei": e, "answer": answer}
+            point |= {"reward_coherence": r_coherence, "reward": reward, "ei": e, "answer": answer}
             points.append(point | {"text": outcome.text, "tokens": len(outcome.ids)})
         if watch:
             watch(t, points[-s.k :], verdict)
-        gain = max(point["reward"] for point in points) - best_before
+        f = [point["reward"] for point in points]
+        gain = max(f) - max(f[: -s.k], default=-math.inf)
         stopped_by = "gain" if s.stop_on == "gain" and gain < s.stop_threshold else "rounds"
         if stopped_by == "gain" or t + 1 == s.rounds:
             break
         # Fit the Gaussian process to all points, and choose k more by Expected Improvement.
-        f = [point["reward"] for point in points]
         gp = GP.fit([point["u"] for point in points], f)
         unverified = s.reward != "coherence" and not any(p["reward_verifier"] for p in points)
         if unverified:  # +1 is still to be had: f's std is then 0.5 or more, not the coherences'
@@ -190,7 +194,7 @@ def search(
             U = torch.randn(s.k, d, generator=generator, dtype=torch.float64)
             expected = expected_improvement(*gp.posterior(U), max(f))
         else:
-            U, expected = suggest(gp, s.k, acquisition=s.acquisition, generator=generator)
+            U, expected = suggest(gp, s.k, None, s.acquisition, generator, s.kappa)
         ei = expected.tolist()
         if s.stop_on == "ei" and max(ei) < s.stop_threshold and not unverified:
             stopped_by = "ei"
@@ -202,14 +206,10 @@ def search(
 
 
 def verify(model: Transformer, tokenizer: Tokenizer, q: Question, texts: list[str]) -> Generator:
-    """y_v: the same model's answer when it is shown the question and the candidates.
-
-    They keep their thoughts if that leaves a quarter of the context; else without; else no answer.
-    """
-    context = model.config.context
-    for whole in (True, False):
+    """y_v: the same model's answer when it is shown the question and the candidates."""
+    for whole in (True, False):  # without their thoughts if these leave too little of the context
         message = verifier_message(q, texts, whole)
-        if len(tokenizer.encode(tokenizer.open(message))) <= context - context // 4:
+        if len(tokenizer.encode(tokenizer.open(message))) <= 0.75 * model.config.context:
             (outcome,) = yield [Generation(encoded(model, tokenizer, message))]
             answer, said = q.read(outcome.text), split_thought(outcome.text)[1]
             # "Candidate 2 is right" names a candidate, not the number 2.
@@ -220,9 +220,9 @@ def verify(model: Transformer, tokenizer: Tokenizer, q: Question, texts: list[st
     return {"answer": None, "text": "", "tokens": 0}
 
 
-def coherence(outcome: Outcome, kind: str) -> float:
-    """r_coherence, of the tokens after the first: that one's embedding is ours."""
-    probs = outcome.probs[1:] or [1.0]
+def coherence(outcome: Outcome, kind: str, position: int = 0) -> float:
+    """r_coherence, of what follows the perturbed token: up to it all candidates are the same."""
+    probs = outcome.probs[position + 1 :] or [1.0]
     if kind == "prob":
         return sum(probs) / len(probs)
     logs = [math.log(max(p, 1e-38)) for p in probs]
@@ -232,11 +232,10 @@ def coherence(outcome: Outcome, kind: str) -> float:
 def chosen(question: Question, points: list[dict], verdicts: list[dict], select: str) -> str:
     """The text of the best point that gives an answer, or of the best with the majority's."""
     answered = [point for point in points if point["answer"] is not None] or points
-    if select == "vote":
-        answers = [said["answer"] for said in points + verdicts]
-        i = question.vote(answers, question.same)
-        winner = None if i is None else answers[i]
-        said = [said for said in answered + verdicts if question.same(said["answer"], winner)]
+    answers = [said["answer"] for said in points + verdicts]
+    i = question.vote(answers, question.same)
+    if select == "vote" and i is not None:
+        said = [said for said in answered + verdicts if question.same(said["answer"], answers[i])]
         answered = said or answered
     return max(answered, key=lambda said: said.get("reward", -math.inf))["text"]
 
@@ -257,15 +256,17 @@ class Perturbed:
 
     def __init__(self, model: Transformer, rows: int):
         self.model, self.offset = model, torch.zeros(rows, model.config.d, device=model.device)
+        self.position = torch.zeros(rows, dtype=torch.long, device=model.device)
 
     def begin(self, row: int, request: Request) -> None:
-        offset = request.data[-1].offset
-        self.offset[row] = 0 if offset is None else offset.to(self.offset)
+        g: Generation = request.data[-1]
+        self.position[row] = g.position
+        self.offset[row] = 0 if g.offset is None else g.offset.to(self.offset)
 
     def step(self, logits: Tensor, at: At) -> tuple[Tensor, Tensor, Tensor]:
         token = logits.argmax(-1)
         z = self.model.embed(token)
-        x = (z + self.offset * (at.t == 0)[:, None]).to(z.dtype)
+        x = (z + self.offset * (at.t == self.position)[:, None]).to(z.dtype)
         return token, x, torch.softmax(logits, -1).gather(1, token[:, None])[:, 0]
 
 
@@ -289,8 +290,7 @@ def reason(
     start = partial(search, model, tokenizer, s=settings, seed=seed, watch=watch)
     longest = settings.k * settings.max_new_tokens  # a verifier reads the candidates, too
     rows = batch_size or min(16, len(questions) * settings.k or 1)
-    method = partial(Perturbed, model)
-    yield from run(model, tokenizer, questions, start, method, settings, rows, longest)
+    yield from run(model, tokenizer, questions, start, Perturbed, settings, rows, longest)
 
 
 def run(
@@ -298,12 +298,12 @@ def run(
     tokenizer: Tokenizer,
     questions: list[Question],
     start: Callable[[Question], Search],
-    method: Callable[[int], Any],
+    method: Callable[[Transformer, int], Any],
     s: Settings,
     batch_size: int,
     longest: int = 0,
 ) -> Iterator[tuple[int, dict]]:
-    """Run a search for each question, with a method for decode that is made for its rows.
+    """Run a search for each question, with a method for decode that is made for model and rows.
 
     A search that waits for outcomes leaves its rows to the others; the next one is opened only when
     those that are open have nothing to do. longest: positions of a prompt beyond the question's.
@@ -332,7 +332,7 @@ def run(
                 advance(index, None)
             yield queue.popleft() if queue else None
 
-    for output in decode(model, requests(), method(rows), rows, s.max_new_tokens, keep=2):
+    for output in decode(model, requests(), method(model, rows), rows, s.max_new_tokens, keep=2):
         index, i, _ = output.request.data
         text = tokenizer.decode([t for t in output.ids if t not in model.config.eos_ids])
         outcomes = running[index][1]

@@ -55,7 +55,7 @@ class Choice(Generation):
 class Sampling:
     """What `decode` asks. Notes: probability of the token, and margin over the second, [rows]."""
 
-    def __init__(self, model: Transformer, s: Settings, rows: int):
+    def __init__(self, model: Transformer, rows: int, s: Settings):
         self.model, self.s = model, s
         self.rank = torch.zeros(rows, dtype=torch.long, device=model.device)
         self.temperatures = torch.zeros(rows, 2, device=model.device)  # of the first, the others
@@ -100,7 +100,8 @@ def sampled(
     prompt, seeds = encoded(model, tokenizer, q.text), (seed, text_seed(q.text))
     first = s.temperature if s.method == "sc" else s.first_temperature
     outcomes = yield [
-        Choice(prompt, None, (*seeds, i), 0, first, s.temperature) for i in range(s.num_samples)
+        Choice(prompt, seeds=(*seeds, i), first_temperature=first, temperature=s.temperature)
+        for i in range(s.num_samples)
     ]
     return voted(q, outcomes, None)
 
@@ -158,6 +159,6 @@ def reason(
         return
     start = {"greedy": greedy, "cot-decoding": cot_decoding}.get(settings.method, sampled)
     start = partial(start, model, tokenizer, s=settings, seed=seed)
-    method = partial(Sampling, model, settings)
+    method = partial(Sampling, s=settings)
     rows = batch_size or min(16, len(questions) * settings.at_once or 1)
     yield from run(model, tokenizer, questions, start, method, settings, rows)

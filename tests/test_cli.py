@@ -410,6 +410,10 @@ def test_a_question_in_the_terminal_and_its_record(folder_of, capsys, tmp_path):
     [
         (["--sigma", "0"], "--sigma must be above 0, not 0.0"),
         (["--k", "0"], "--k must be at least 1, not 0"),
+        (["--kappa", "-1"], "--kappa must be above 0, not -1.0"),
+        (["--kappa", "inf"], "--kappa must be above 0, not inf"),
+        (["--position", "-1"], "--position must be at least 0, not -1"),
+        (["--position", "9", "--max-new-tokens", "9"], "--position must be below max-new-tokens"),
         (["--dimension", "33"], "--dimension 33 is larger than the embedding's 32"),
         (["--question", " "], "the question is empty"),
         (["--dimension", "8", "--question", "x" * 200], "the context window 64"),

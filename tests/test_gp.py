@@ -446,6 +446,19 @@ def test_suggest(acquisition):
     close(ei[1], expected_improvement(*believer.posterior(picks[1:2]), believer.y.max())[0])
 
 
+def test_the_first_choice_of_ucb_has_the_largest_mean_plus_kappa_standard_deviations():
+    x, y, g = data(10, 6)
+    gp, candidates = GP.fit(x, y), torch.randn(2000, 6, generator=g, dtype=torch.float64)
+    found = {}
+    for kappa in (0.0, 2.0, 30.0):
+        options = {"acquisition": "ucb", "generator": torch.Generator().manual_seed(1)}
+        picks, _ = suggest(gp, 1, candidates, kappa=kappa, **options)
+        mean, std = gp.posterior(torch.cat([picks, candidates]))
+        assert (mean + kappa * std).argmax() == 0
+        found[kappa] = mean[0], std[0]
+    assert found[0.0][0] > found[2.0][0] and found[30.0][1] > found[2.0][1] > found[0.0][1]
+
+
 def test_suggest_draws_from_a_standard_normal_by_default():
     x, y, _ = data(5, 50)
     picks, _ = suggest(GP.fit(x, y), 5, generator=torch.Generator().manual_seed(0))

@@ -29,7 +29,7 @@ def tiny_model(folder_of):
 def rollouts(model, tokenizer, choices, settings):
     """The outcome of each choice, in their order."""
     requests = [Request(c.prompt, c.seeds, (0, i, c)) for i, c in enumerate(choices)]
-    method, outcomes = Sampling(model, settings, 4), [None] * len(choices)
+    method, outcomes = Sampling(model, 4, settings), [None] * len(choices)
     for output in decode(model, requests, method, 4, settings.max_new_tokens, 2):
         text = tokenizer.decode([t for t in output.ids if t not in model.config.eos_ids])
         notes = [note.tolist() for note in output.notes]

@@ -68,32 +68,40 @@ def test_without_a_perturbation_the_answer_is_greedy(tiny_model):
         embeds = torch.cat([embeds, model.embed.weight[token][None]])
 
 
-def test_only_the_first_token_is_perturbed_and_by_exactly_the_offset(tiny_model):
+@pytest.mark.parametrize("position", [0, 2])
+def test_only_one_token_is_perturbed_and_by_exactly_the_offset(position, tiny_model):
     model, _ = tiny_model
     prompt, offset = Prompt(model.embed(torch.tensor([5, 80, 70]))), torch.randn(32)
     method = Perturbed(model, 1)
-    method.begin(0, Request(prompt, data=(0, 0, Generation(prompt, offset))))
-    for t in range(3):
+    method.begin(0, Request(prompt, data=(0, 0, Generation(prompt, offset, position))))
+    for t in range(4):
         logits = torch.randn(1, 272)
         at = At(t=torch.tensor([t]), live=torch.tensor([True]))
         token, embeds, prob = method.step(logits, at)
         z = model.embed.weight[logits.argmax()]
         assert token == logits.argmax() and prob == torch.softmax(logits, -1).max()
-        assert torch.equal(embeds[0], z + offset if t == 0 else z)
+        assert torch.equal(embeds[0], z + offset if t == position else z)
 
 
 def test_a_perturbed_answer_is_the_greedy_continuation_of_the_perturbed_embedding(tiny_model):
+    """At several positions side by side, in rows that are used again."""
     model, tokenizer = tiny_model
-    prompt, offset = Prompt(model.embed(torch.tensor([5, 80, 70]))), torch.randn(32)
-    (outcome,) = continuations(model, tokenizer, [Generation(prompt, offset)], 12)
-    first = model.logits(model(prompt.embeds[None])[0, -1]).argmax()
-    assert outcome.ids[0] == first
-    embeds = torch.cat([prompt.embeds, (model.embed.weight[first] + offset)[None]])
-    for token, p in zip(outcome.ids[1:], outcome.probs[1:]):
-        logits = model.logits(model(embeds[None])[0, -1])
-        assert token == logits.argmax()
-        assert p == pytest.approx(logits.softmax(-1).max().item(), abs=1e-5)
-        embeds = torch.cat([embeds, model.embed.weight[token][None]])
+    prompt, offset = Prompt(model.embed(torch.tensor([5, 80, 70]))), 3 * torch.randn(32)
+    positions = [0, 1, 4, 0, 7, 30]
+    generations = [Generation(prompt, offset, position) for position in positions]
+    outcomes = continuations(model, tokenizer, generations, 12)
+    for position, outcome in zip(positions, outcomes):
+        embeds = prompt.embeds
+        for t, (token, p) in enumerate(zip(outcome.ids, outcome.probs)):
+            logits = model.logits(model(embeds[None])[0, -1])
+            assert token == logits.argmax()
+            assert p == pytest.approx(logits.softmax(-1).max().item(), abs=1e-5)
+            x = model.embed.weight[token] + (offset if t == position else 0)
+            embeds = torch.cat([embeds, x[None]])
+    greedy = outcomes[-1].ids  # which ends before its position
+    for position, outcome in zip(positions, outcomes):
+        assert outcome.ids[: position + 1] == greedy[: position + 1]
+    assert len(greedy) == 12 and outcomes[0].ids != greedy != outcomes[2].ids
 
 
 def drive(model, tokenizer, question, settings, objective, seed=0):
@@ -165,6 +173,19 @@ def test_rewards_by_hand(tiny_model):
         assert record["verdicts"][0]["answer"] == "2"
 
 
+@pytest.mark.parametrize("kind", ["prob", "mean", "sum"])
+def test_the_coherence_is_of_what_follows_the_perturbed_token(kind, tiny_model):
+    outcome = Outcome("1", [1, 2, 3, 4], [0.9, 0.8, 0.5, 0.25])
+    mean = {"prob": 0.375, "mean": math.log(0.125) / 2, "sum": math.log(0.125)}[kind]
+    assert coherence(outcome, kind, 1) == pytest.approx(mean)
+    nothing = 1.0 if kind == "prob" else 0.0
+    assert coherence(outcome, kind, 3) == coherence(outcome, kind, 9) == nothing
+    settings = Settings(rounds=1, k=2, dimension=4, coherence=kind, position=1)
+    record, asked = drive(*tiny_model, tasks.ask_number("q"), settings, lambda g: outcome)
+    assert [g.position for g in asked[0]] == [1, 1]
+    assert [p["reward_coherence"] for p in record["points"]] == pytest.approx([mean, mean])
+
+
 def test_a_verifier_that_says_nothing_gives_no_reward_and_nobody_answering_is_no_answer(tiny_model):
     settings, question = Settings(rounds=1, k=2, dimension=4), tasks.ask_number("How many?")
     record, _ = drive(*tiny_model, question, settings, lambda g: said("who knows"))
@@ -224,6 +245,18 @@ def test_it_stops_when_nothing_more_is_expected_or_gained_or_after_the_rounds(ti
     assert (record["stopped_by"], record["rounds"]) == ("gain", 2)
     assert all(p["ei"] is None for p in record["points"][:5])
     assert all(p["ei"] >= 0 for p in record["points"][5:])
+
+
+def test_ucb_looks_further_away_with_a_larger_kappa(tiny_model):
+    """What is chosen second differs in how little is known there."""
+    unknown = []
+    for kappa in (0.1, 50.0):
+        options = {"acquisition": "ucb", "kappa": kappa, "reward": "coherence"}
+        record = bowl(*tiny_model, Settings(rounds=2, dimension=8, stop_threshold=0, **options))
+        u = [p["u"] for p in record["points"]]
+        gp = GP.fit(u[:5], [p["reward"] for p in record["points"][:5]])
+        unknown.append(gp.posterior(u[5:6])[1].item())
+    assert unknown[1] > 1.2 * unknown[0]
 
 
 @pytest.mark.parametrize("options", [{}, {"reward": "verifier"}, {"acquisition": "random"}])
@@ -356,7 +389,10 @@ def check_search(record, batched):
         assert {name: one[name] for name in rest} == {name: other[name] for name in rest}
 
 
-@pytest.mark.parametrize("options", [{}, {"select": "vote", "coherence": "sum", "stop_on": "gain"}])
+VARIANTS = [{}, {"select": "vote", "coherence": "sum", "stop_on": "gain"}, {"position": 6}]
+
+
+@pytest.mark.parametrize("options", VARIANTS)
 def test_a_search_one_by_one_is_that_of_a_batch(options, tiny_model):
     settings = Settings(max_new_tokens=15, rounds=3, dimension=16, stop_threshold=0, **options)
     questions = [tasks.ask_number(text) for text in ("one?", "and two?", "what of three?")]
