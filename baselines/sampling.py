@@ -1,4 +1,4 @@
-"""What Soft Reasoning is compared with: greedy CoT, self-consistency, FIRE and CoT-decoding.
+"""What Soft Reasoning is compared with: greedy CoT, self-consistency, FIRE, CoT-decoding; and RAP.
 
 They share its driver, its records and its command line: `python soft_reasoning.py --method sc`.
 """
@@ -14,17 +14,18 @@ import torch
 from torch import Tensor
 
 import soft_reasoning
+from baselines import rap
 from model import At, Request, Tokenizer, Transformer, check_ranges, draw, text_seed
 from soft_reasoning import Generation, Outcome, Question, Search, encoded, record, run
 
 
 @dataclass(frozen=True)
-class Settings(soft_reasoning.Settings):
-    """Those of Soft Reasoning, and the baselines' own."""
+class Settings(rap.Settings):
+    """Those of Soft Reasoning and of RAP, and the other baselines' own."""
 
     # soft: the paper; greedy; sc: self-consistency; fire: hot first token; cot-decoding: branches
-    # on the most probable first tokens
-    method: Literal["soft", "greedy", "sc", "fire", "cot-decoding"] = "soft"
+    # on the most probable first tokens; rap: a tree search over steps
+    method: Literal["soft", "greedy", "sc", "fire", "cot-decoding", "rap"] = "soft"
     num_samples: int = 25  # answers that sc, fire and cot-decoding vote over
     temperature: float = 0.6  # of sc, and of fire after its first token (paper: 0.4, 0.6, 0.8)
     first_temperature: float = 30.0  # of fire's first token
@@ -37,7 +38,8 @@ class Settings(soft_reasoning.Settings):
     @property
     def at_once(self) -> int:
         """Generations that one search can have in work at the same time."""
-        return {"soft": self.k, "greedy": 1}.get(self.method, self.num_samples)
+        others = {"soft": self.k, "greedy": 1, "rap": self.rap_width}
+        return others.get(self.method, self.num_samples)
 
 
 # --------------------------------------------------------------------------------------- decoding
@@ -152,6 +154,9 @@ def reason(
     watch: Callable | None = None,
 ) -> Iterator[tuple[int, dict]]:
     """As soft_reasoning.reason, for any of the methods."""
+    if settings.method == "rap":
+        yield from rap.reason(model, tokenizer, questions, settings, seed, batch_size)
+        return
     if settings.method == "soft":
         yield from soft_reasoning.reason(
             model, tokenizer, questions, settings, seed, batch_size, watch

@@ -180,7 +180,8 @@ def command(arguments: list[str], doc: str, settings: type, run: Callable, view:
     prog = re.search(r"python (\S+)", doc)[1]
     methods = typing.get_args(typing.get_type_hints(settings)["method"])
     parser = new_parser(prog, doc.splitlines()[0])
-    named = {"help": FLAGS["methods"]["help"].format(methods=",".join(methods))}
+    default = ",".join(method for method in methods if method not in view.costly)
+    named = {"help": FLAGS["methods"]["help"].format(methods=default)}
     add_flags(parser, view.flags, methods=named)
     add_settings(parser, settings)
     args = parser.parse_args(arguments)
@@ -259,7 +260,8 @@ def score(
     args: argparse.Namespace, settings: type, run: Callable, view: type, there: tuple[str, ...]
 ) -> None:
     """A benchmark: every method on the same problems, graded, recorded, and compared in a table."""
-    methods = [args.method] if hasattr(args, "method") else list(there)
+    default = [method for method in there if method not in view.costly]
+    methods = [args.method] if hasattr(args, "method") else default
     methods = args.methods.split(",") if args.methods else methods
     if wrong := [method for method in methods if method not in there]:
         raise UserError(f"--methods: no method {wrong[0]!r}; there are {', '.join(there)}")

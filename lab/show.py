@@ -22,6 +22,7 @@ class Thought:
 
     flags = f"{FIRST} num-samples batch-size device dtype quantize compile output trace json"
     key = ("question", "method", "seed", "sample")
+    costly = ()
     form = False  # whether a question is told which form its answer takes
     MATTERS = 0.1  # an alternative is shown from this probability on
     WHY: ClassVar = {
@@ -112,6 +113,7 @@ class Search:
 
     flags = f"{FIRST} batch-size device dtype quantize compile output json analyse"
     key = ("question", "method", "seed")
+    costly = ("rap",)  # methods of a benchmark only where --methods names them
     form = True
     WHY: ClassVar = {
         "ei": "no point is expected to improve by the threshold",
@@ -180,7 +182,7 @@ class Search:
             print("unanswered: no candidate gives an answer that can be read")
         right = f"  (the right answer is {gold})" if gold else ""
         print(
-            f"{len(record['answers'])} generations of {record['generation_tokens']} tokens, "
+            f"{len(record['tokens'])} generations of {record['generation_tokens']} tokens, "
             f"{record['verification_tokens']} tokens to verify, "
             f"{record['answer_tokens'] / record['seconds']:.1f} tokens/s{right}"
         )

@@ -23,6 +23,9 @@ def compare(records: dict, methods: list[str], problems: list, task: Any) -> Non
     if "soft" not in of:
         return
     print(shares(of["soft"]))
+    if "rap" in of:
+        times = [sum(r["answer_tokens"] for r in of[m]) for m in ("rap", "soft")]
+        print(f"{effort('rap', of['rap'])}: {times[0] / times[1]:.1f} times what soft spent")
     for method in ("sc", "fire", "cot-decoding"):
         for by in ("generations", "tokens") if method in of else ():
             accuracy, tokens, capped = matched(of["soft"], of[method], problems, task, by)
@@ -39,11 +42,16 @@ def shares(records: list[dict]) -> str:
     """Any candidate right, tokens, and the share of questions that stopped in each round."""
     n, rounds = len(records), max(record["rounds"] for record in records)
     stops = [sum(r["rounds"] == i for r in records) / n for i in range(1, rounds + 1)]
+    after = ", ".join(f"{stop:.0%}" for stop in stops)
+    return f"{effort('soft', records)}; stopped after 1, 2, ... rounds: {after}"
+
+
+def effort(method: str, records: list[dict]) -> str:
+    n = len(records)
     return (
-        f"soft: {sum(r['any_correct'] for r in records) / n:.1%} have a right candidate (pass@k); "
-        f"tokens per question: {sum(r['generation_tokens'] for r in records) / n:.0f} generated, "
-        f"{sum(r['verification_tokens'] for r in records) / n:.0f} to verify; "
-        f"stopped after 1, 2, ... rounds: {', '.join(f'{stop:.0%}' for stop in stops)}"
+        f"{method}: {sum(r['any_correct'] for r in records) / n:.1%} have a right candidate "
+        f"(pass@k); tokens per question: {sum(r['generation_tokens'] for r in records) / n:.0f} "
+        f"generated, {sum(r['verification_tokens'] for r in records) / n:.0f} to verify"
     )
 
 

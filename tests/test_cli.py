@@ -77,7 +77,7 @@ def test_a_comment_of_several_lines_is_read_whole_and_belongs_to_one_field():
     assert cli.comments(soft_reasoning.Settings)["k"] == "k: points evaluated in each round"
     said = cli.comments(sampling.Settings)
     assert said["method"].startswith("soft: the paper; greedy; sc: self-consistency; ")
-    assert said["method"].endswith("branches on the most probable first tokens")
+    assert said["method"].endswith("most probable first tokens; rap: a tree search over steps")
     assert said["num_samples"] == "answers that sc, fire and cot-decoding vote over"
 
 
@@ -442,7 +442,8 @@ def test_searches_are_scored_and_compared_at_equal_cost(folder_of, capsys, tmp_p
     rows = [{"question": f"What is {i}?", "answer": str(i)} for i in range(2)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     arguments = ["--model", str(long_context(folder_of("qwen3"))), "--device", "cpu"]
-    arguments += ["--data", str(data), "--methods", "soft,greedy,sc,cot-decoding", "--k", "2"]
+    arguments += ["--data", str(data), "--methods", "soft,greedy,sc,cot-decoding,rap"]
+    arguments += ["--rap-iterations", "2", "--rap-width", "2", "--k", "2"]
     arguments += ["--max-new-tokens", "5", "--rounds", "1", "--dimension", "8"]
     assert reason([*arguments, "--num-samples", "3"]) == 0
     printed = capsys.readouterr().out
@@ -451,4 +452,21 @@ def test_searches_are_scored_and_compared_at_equal_cost(folder_of, capsys, tmp_p
     for method in ("sc", "cot-decoding"):
         for by in ("generations", "tokens"):
             assert f"{method}, on each question no more {by} than soft: " in printed
+    assert "rap: 0.0% have a right candidate (pass@k); tokens per question: " in printed
     assert "fire" not in printed and "greedy, on" not in printed
+
+
+def test_rap_is_compared_only_where_it_is_named(folder_of, capsys, tmp_path):
+    out, data = tmp_path / "out.jsonl", tmp_path / "data.jsonl"
+    data.write_text(json.dumps({"question": "2?", "answer": "2"}) + "\n")
+    arguments = ["--model", str(long_context(folder_of("qwen3"))), "--device", "cpu"]
+    arguments += ["--data", str(data), "--max-new-tokens", "3", "--rounds", "1", "--dimension", "8"]
+    assert reason([*arguments, "--num-samples", "2", "--output", str(out)]) == 0
+    default = ["soft", "greedy", "sc", "fire", "cot-decoding"]
+    assert [record["method"] for record in records_of(out)] == default
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        reason(["--help"])
+    assert f"(default: {','.join(default)})" in " ".join(capsys.readouterr().out.split())
+    assert reason([*arguments, "--method", "rap"]) == 0
+    assert "rap" in capsys.readouterr().out

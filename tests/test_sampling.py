@@ -43,9 +43,9 @@ def rollouts(model, tokenizer, choices, settings):
 def test_the_methods_settings_are_those_of_soft_reasoning_and_their_own():
     own = {f.name: f.default for f in fields(soft_reasoning.Settings)}
     assert own.items() <= {f.name: f.default for f in fields(Settings)}.items()
-    assert METHODS == ("soft", "greedy", "sc", "fire", "cot-decoding")
+    assert METHODS == ("soft", "greedy", "sc", "fire", "cot-decoding", "rap")
     at_once = {method: Settings(method=method).at_once for method in METHODS}
-    assert at_once == {"soft": 5, "greedy": 1, "sc": 25, "fire": 25, "cot-decoding": 25}
+    assert at_once == {"soft": 5, "greedy": 1, "sc": 25, "fire": 25, "cot-decoding": 25, "rap": 4}
 
 
 @pytest.mark.parametrize(
@@ -55,6 +55,13 @@ def test_the_methods_settings_are_those_of_soft_reasoning_and_their_own():
         {"first_temperature": float("inf")},
         {"num_samples": 0},
         {"first_top_k": 0},
+        {"rap_iterations": 0},
+        {"rap_width": 0},
+        {"rap_depth": 0},
+        {"rap_exploration": float("inf")},
+        {"rap_alpha": 1.5},
+        {"rap_alpha": -0.5},
+        {"rap_temperature": 0},
         {"k": 0},
         {"sigma": -1.0},
     ],
@@ -150,6 +157,7 @@ def test_self_consistency_samples_in_proportion(tiny_model):
 # -------------------------------------------------------------------------------- with whole models
 
 OPTIONS = {"max_new_tokens": 15, "rounds": 3, "num_samples": 6, "dimension": 16}
+OPTIONS |= {"rap_iterations": 3, "rap_width": 3, "rap_depth": 2}
 
 
 def strip(record):
@@ -172,6 +180,8 @@ def test_a_search_is_the_same_alone_and_among_others(method, tiny_model):
             points, others = alone["points"], together[i]["points"]
             assert [p["text"] for p in points] == [p["text"] for p in others]
             assert np.allclose([p["u"] for p in points], [p["u"] for p in others], atol=1e-9)
+        elif method == "rap":
+            assert alone["paths"] == together[i]["paths"]
         elif method != "greedy":
             assert alone["texts"] == together[i]["texts"]
             assert len(alone["answers"]) == len(alone["tokens"]) == 6
