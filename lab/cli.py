@@ -38,6 +38,11 @@ FLAGS = {  # those that are no settings of a method
     "limit": {"type": int, "help": "only the first so many problems"},
     "methods": {"help": "with --task: several, compared problem by problem (default: {methods})"},
     "seed": {"type": int, "default": 0, "help": "of all randomness (default: 0)"},
+    "seeds": {
+        "type": int,
+        "default": 1,
+        "help": "with --task: so many, from --seed on; their mean and spread (default: 1)",
+    },
     "num-samples": {
         "type": int,
         "default": 1,
@@ -187,7 +192,7 @@ def command(arguments: list[str], doc: str, settings: type, run: Callable, view:
     args = parser.parse_args(arguments)
 
     def body() -> None:
-        at_least(args, seed=0, num_samples=1, batch_size=1)
+        at_least(args, seed=0, seeds=1, num_samples=1, batch_size=1)
         many = args.task or args.data
         if args.question is not None and many:
             both = "--question asks one question, --task and --data score many"
@@ -276,19 +281,22 @@ def score(
 
     def solver(s: Any) -> Callable:
         # The same however many are left after an interruption: bits depend on it.
-        at_once = samples[s.method] * getattr(s, "at_once", 1)
+        at_once = getattr(s, "at_once", samples[s.method])
         rows = min(args.batch_size, len(problems) * at_once)
 
-        def solve(jobs: list[tuple[tasks.Problem, int]]) -> Iterator[tuple]:
-            asked = [tasks.ask(problem, task) for problem, _ in jobs]
-            numbers = [sample for _, sample in jobs]
-            options = {"settings": s, "seed": args.seed, "batch_size": rows}
-            options |= view.arguments(asked, numbers, args)
-            for i, record in run(model, tokenizer, **options):
-                yield *jobs[i], record
+        def solve(todo: list[tuple[tasks.Problem, int]]) -> Iterator[tuple]:
+            for seed, jobs in view.by_seed(todo, args.seed):
+                asked = [tasks.ask(problem, task) for problem, _ in jobs]
+                numbers = [sample for _, sample in jobs]
+                options = {"settings": s, "seed": seed, "batch_size": rows}
+                options |= view.arguments(asked, numbers, args)
+                for i, record in run(model, tokenizer, **options):
+                    yield *jobs[i], record
 
         return solve
 
     solvers = {m: (recorded(args, s, model), solver(s)) for m, s in wanted.items()}
-    _, records = results.run(problems, task, solvers, samples, args.output, args.json)
-    view.after(records, methods, problems, task)
+    result, records = results.run(problems, task, solvers, samples, args.output, args.json)
+    view.after(records, methods, problems, task, max(samples.values()))
+    if getattr(args, "seeds", 1) > 1:
+        results.over_seeds(result, records, problems, samples, args.json)

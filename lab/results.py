@@ -10,6 +10,7 @@ compared after sorting by that key and without `seconds`.
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from statistics import mean, stdev
 
 from tqdm import tqdm
 
@@ -129,3 +130,27 @@ def graded(problem: Problem, task: Task, method: str, sample: int, record: dict)
     if "answers" in record:
         whole["any_correct"] = any(correct(answer) for answer in record["answers"])
     return whole
+
+
+def over_seeds(
+    result: dict,
+    records: dict[tuple, dict],
+    problems: list[Problem],
+    samples: dict[str, int],
+    json_path: str | Path | None,
+) -> None:
+    """Add each method's mean and standard deviation to the result of `run`; print and write them.
+
+    A sample is a seed; of a method with one only the accuracy is known.
+    """
+    print("\naccuracy, mean ± standard deviation over the seeds")
+    result["seeds"] = {}
+    for method, n in samples.items():
+        right = [[records[p.id, method, k]["correct"] for p in problems] for k in range(n)]
+        each = [mean(grades) for grades in right]
+        std = stdev(each) if n > 1 else None
+        result["seeds"][method] = {"accuracies": each, "mean": mean(each), "std": std}
+        spread = "(one seed is all)" if std is None else f"± {100 * std:.1f}"
+        print(f"{method:24} {mean(each):.1%} {spread}")
+    if json_path:
+        write_json(json_path, result)

@@ -46,6 +46,10 @@ class Thought:
         return 1
 
     @staticmethod
+    def by_seed(jobs: list, seed: int) -> list[tuple[int, list]]:
+        return [(seed, jobs)]
+
+    @staticmethod
     def other(*_: Any) -> bool:
         return False
 
@@ -111,7 +115,7 @@ class Thought:
 class Search:
     """Soft Reasoning: round by round the candidates, what chose them, and what they earned."""
 
-    flags = f"{FIRST} batch-size device dtype quantize compile output json analyse"
+    flags = f"{FIRST} seeds batch-size device dtype quantize compile output json analyse"
     key = ("question", "method", "seed")
     costly = ("rap",)  # methods of a benchmark only where --methods names them
     form = True
@@ -123,6 +127,8 @@ class Search:
 
     @staticmethod
     def check(args: argparse.Namespace) -> None:
+        if args.seeds > 1 and not (args.task or args.data):
+            raise UserError("--seeds goes with --task or --data")
         if args.analyse and (args.task or args.data or args.output):
             with_none = "it goes with none of --task, --data, --output"
             raise UserError(f"--analyse studies one question and prints: {with_none}")
@@ -132,7 +138,14 @@ class Search:
 
     @staticmethod
     def samples(args: argparse.Namespace, s: Any) -> int:
-        return 1
+        """One for each seed, or one in all where nothing is drawn."""
+        return 1 if s.method in ("greedy", "cot-decoding") else args.seeds
+
+    @staticmethod
+    def by_seed(jobs: list, seed: int) -> list[tuple[int, list]]:
+        """Seed -> its jobs: sample i is of the i-th seed."""
+        numbers = sorted({number for _, number in jobs})
+        return [(seed + i, [job for job in jobs if job[1] == i]) for i in numbers]
 
     @staticmethod
     def other(
@@ -144,8 +157,8 @@ class Search:
         return args.analyse
 
     @staticmethod
-    def after(records: dict, methods: list[str], problems: list, task: Any) -> None:
-        study.compare(records, methods, problems, task)
+    def after(records: dict, methods: list, problems: list, task: Any, seeds: int) -> None:
+        study.compare(records, methods, problems, task, seeds)
 
     @staticmethod
     def arguments(asked: list, samples: list[int], args: argparse.Namespace) -> dict:

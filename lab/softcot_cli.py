@@ -10,7 +10,6 @@ import sys
 from contextlib import nullcontext
 from itertools import zip_longest
 from pathlib import Path
-from statistics import mean, stdev
 from textwrap import wrap
 from types import ModuleType
 from typing import NoReturn
@@ -19,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lab import cli, files, results, softcot_variants, tasks
+from lab import cli, results, softcot_variants, tasks
 from lab.fast import load
 from lab.softcot_variants import METHODS, Answering, variants
 from lab.trained import BEST, identity, kept_hidden, locked
@@ -226,17 +225,9 @@ def score(
     solve = Answering(method, lora, prompts, model, tokenizer, task, s, args.seed, batch_size)
     solvers = {row: (base | own, solve.by(variant)) for row, (own, variant) in rows.items()}
     result, records = results.run(problems, task, solvers, s.seeds, args.output, args.json)
-    if s.seeds == 1:
-        return
-    print("\naccuracy, mean ± standard deviation over the seeds")
-    result["seeds"] = {}
-    for row in rows:
-        right = [[records[p.id, row, k]["correct"] for p in problems] for k in range(s.seeds)]
-        each = [mean(grades) for grades in right]
-        result["seeds"][row] = {"accuracies": each, "mean": mean(each), "std": stdev(each)}
-        print(f"{row:24} {mean(each):.1%} ± {100 * stdev(each):.1f}")
-    if args.json:
-        files.write_json(args.json, result)
+    if s.seeds > 1:
+        seeds = dict.fromkeys(rows, s.seeds)
+        results.over_seeds(result, records, problems, seeds, args.json)
 
 
 # ------------------------------------------------------------------------------------ one question

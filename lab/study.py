@@ -16,9 +16,13 @@ from model import At, Prompt, Request, Tokenizer, Transformer, decode, draw, tex
 # ------------------------------------------------------------------------------------------ costs
 
 
-def compare(records: dict, methods: list[str], problems: list, task: Any) -> None:
-    """Print what method soft found and spent, and the voting methods at equal cost."""
-    of = {m: [records[problem.id, m, 0] for problem in problems] for m in methods}
+def compare(records: dict, methods: list[str], problems: list, task: Any, seeds: int) -> None:
+    """Print what method soft found and spent, and the voting methods at equal cost.
+
+    A method that has no sample for a seed draws nothing: its first one stands for every seed.
+    """
+    pairs = [(problem, seed) for seed in range(seeds) for problem in problems]
+    of = {m: [records.get((p.id, m, i)) or records[p.id, m, 0] for p, i in pairs] for m in methods}
     print()
     if "soft" not in of:
         return
@@ -28,10 +32,11 @@ def compare(records: dict, methods: list[str], problems: list, task: Any) -> Non
         print(f"{effort('rap', of['rap'])}: {times[0] / times[1]:.1f} times what soft spent")
     for method in ("sc", "fire", "cot-decoding"):
         for by in ("generations", "tokens") if method in of else ():
-            accuracy, tokens, capped = matched(of["soft"], of[method], problems, task, by)
-            low, high = tables.wilson(accuracy, len(problems))
+            asked = [problem for problem, _ in pairs]
+            accuracy, tokens, capped = matched(of["soft"], of[method], asked, task, by)
+            low, high = tables.wilson(accuracy, len(problems))  # seeds are not independent
             few = "its --num-samples were too few to spend as much"
-            short = f"; on {capped} of {len(problems)} {few}" if capped else ""
+            short = f"; on {capped} of {len(pairs)} {few}" if capped else ""
             print(
                 f"{method}, on each question no more {by} than soft: {accuracy:.1%} "
                 f"({low:.1%} to {high:.1%}) with {tokens:.0f} tokens{short}"

@@ -126,7 +126,7 @@ def test_help_names_every_flag_its_comment_and_its_default(main, settings, capsy
     for field in fields(settings):
         assert f"--{field.name.replace('_', '-')} " in text
         assert field.default is None or f"(default: {field.default})" in text
-    names = cli.FLAGS.keys() - {"num-samples", "trace", "analyse"}  # of one program only
+    names = cli.FLAGS.keys() - {"num-samples", "trace", "seeds", "analyse"}  # of one program only
     assert all(f"--{name} " in text for name in names)
 
 
@@ -410,6 +410,8 @@ def test_a_question_in_the_terminal_and_its_record(folder_of, capsys, tmp_path):
     [
         (["--sigma", "0"], "--sigma must be above 0, not 0.0"),
         (["--k", "0"], "--k must be at least 1, not 0"),
+        (["--seeds", "0", "--task", "tiny"], "--seeds must be at least 1, not 0"),
+        (["--seeds", "2"], "--seeds goes with --task or --data"),
         (["--kappa", "-1"], "--kappa must be above 0, not -1.0"),
         (["--kappa", "inf"], "--kappa must be above 0, not inf"),
         (["--position", "-1"], "--position must be at least 0, not -1"),
@@ -454,6 +456,41 @@ def test_searches_are_scored_and_compared_at_equal_cost(folder_of, capsys, tmp_p
             assert f"{method}, on each question no more {by} than soft: " in printed
     assert "rap: 0.0% have a right candidate (pass@k); tokens per question: " in printed
     assert "fire" not in printed and "greedy, on" not in printed
+
+
+def test_seeds_are_runs_of_their_own_in_one_file(folder_of, capsys, tmp_path):
+    data, out, whole = tmp_path / "data.jsonl", tmp_path / "out.jsonl", tmp_path / "whole.jsonl"
+    rows = [{"question": f"What is {i}?", "answer": str(i)} for i in range(2)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ["--model", str(long_context(folder_of("qwen3"))), "--device", "cpu"]
+    arguments += ["--data", str(data), "--methods", "soft,greedy,sc", "--k", "2", "--rounds", "1"]
+    arguments += ["--max-new-tokens", "9", "--dimension", "8", "--num-samples", "2"]
+    assert reason([*arguments, "--seed", "3", "--output", str(out)]) == 0
+    assert "over the seeds" not in capsys.readouterr().out
+    seeds = [*arguments, "--seed", "3", "--seeds", "2"]
+    assert reason([*seeds, "--output", str(out), "--json", str(tmp_path / "t.json")]) == 0
+    assert "greedy                   0.0% (one seed is all)" in capsys.readouterr().out
+    assert reason([*seeds, "--output", str(whole)]) == 0
+    assert reason([*arguments, "--seed", "4", "--output", str(tmp_path / "4.jsonl")]) == 0
+
+    def by_key(path):
+        names = ("method", "problem", "sample")
+        return {tuple(r[name] for name in names): outcome(r) for r in records_of(path)}
+
+    def texts(record):
+        return (
+            [point["text"] for point in record["points"]] if "points" in record else record["texts"]
+        )
+
+    found, four = by_key(out), by_key(tmp_path / "4.jsonl")
+    assert found == by_key(whole) and len(found) == len(records_of(out)) == 2 * (2 + 1 + 2)
+    problems = {problem for _, problem, _ in found}
+    for method, problem in ((m, p) for m in ("soft", "sc") for p in problems):
+        third, fourth = (texts(found[method, problem, i]) for i in (0, 1))
+        assert fourth == texts(four[method, problem, 0]) != third
+    table = json.loads((tmp_path / "t.json").read_text())
+    counts = {method: len(row["accuracies"]) for method, row in table["seeds"].items()}
+    assert counts == {"soft": 2, "greedy": 1, "sc": 2}
 
 
 def test_rap_is_compared_only_where_it_is_named(folder_of, capsys, tmp_path):

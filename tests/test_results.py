@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from lab import tables
-from lab.results import run
+from lab.results import over_seeds, run
 from lab.tasks import TASKS, Problem
 from model import UserError
 
@@ -341,3 +341,23 @@ def test_intervals():
     assert worse.difference == -0.25 and worse.difference_interval == pytest.approx(
         [-1 / 6 - half, -1 / 6 + half]
     )
+
+
+def test_the_spread_over_seeds_by_hand(tmp_path, capsys):
+    grades = {"soft": [[1, 1, 0, 0], [1, 1, 1, 0]], "greedy": [[1, 0, 0, 0]]}
+    records = {
+        (problem.id, method, seed): {"correct": bool(grade)}
+        for method, seeds in grades.items()
+        for seed, row in enumerate(seeds)
+        for problem, grade in zip(PROBLEMS, row)
+    }
+    result, path = {}, tmp_path / "table.json"
+    over_seeds(result, records, PROBLEMS[:4], {"soft": 2, "greedy": 1}, path)
+    lines = capsys.readouterr().out.splitlines()[-2:]
+    assert [line.split() for line in lines] == [
+        ["soft", "62.5%", "±", "17.7"],  # 0.25 / sqrt(2)
+        ["greedy", "25.0%", "(one", "seed", "is", "all)"],
+    ]
+    soft = result["seeds"]["soft"]
+    assert soft["accuracies"] == [0.5, 0.75] and soft["std"] == pytest.approx(0.1767767)
+    assert result["seeds"]["greedy"]["std"] is None and json.loads(path.read_text()) == result
