@@ -89,10 +89,10 @@ def matched(
 
 
 class FirstTokens:
-    """A method for `decode`: the first token is perturbed (an offset) or sampled, then greedy."""
+    """A method for `decode`: one token is perturbed (an offset) or sampled, the others greedy."""
 
-    def __init__(self, model: Transformer, temperature: float, rows: int):
-        self.model, self.temperature = model, temperature
+    def __init__(self, model: Transformer, temperature: float, position: int, rows: int):
+        self.model, self.temperature, self.position = model, temperature, position
         self.offset = torch.zeros(rows, model.config.d, device=model.device)
 
     def begin(self, row: int, request: Request) -> None:
@@ -100,7 +100,7 @@ class FirstTokens:
             self.offset[row] = request.data
 
     def step(self, logits: Tensor, at: At) -> tuple[Tensor, Tensor]:
-        token, first = logits.argmax(-1), at.t == 0
+        token, first = logits.argmax(-1), at.t == self.position
         if self.temperature:
             sampled = draw(torch.softmax(logits / self.temperature, -1), at.u)
             token = torch.where(first, sampled, token)
@@ -120,16 +120,26 @@ def analyse(
     """Do perturbed first tokens put other MLP neurons to work than sampled ones do?
 
     A neuron is active where its gate, silu's argument, is above 0. Counted per layer over the first
-    five tokens that are fed, the first included, of `samples` generations each. Then one search:
-    how its points concentrate. reason: the method's own.
+    five tokens that are fed, the first included, of `samples` generations each; with --position,
+    from that token on. Then one search: how its points concentrate. reason: the method's own.
+
+    Two measures of the search are defined here, not by the paper. Key neurons: the 1 % of all
+    layers' neurons that are active most more often after perturbed tokens than after sampled ones.
+    Shown is which share of them is active after a round's points; round 0, whose points are random,
+    is the yardstick. Correlation: Pearson's over the d coordinates, mean of all pairs of a round's
+    points; 0 is expected of random ones.
     """
     ids = tokenizer.encode(tokenizer.open(question))
+    A = projection(question, s.dimension, model.config.d, seed)
     generator = torch.Generator().manual_seed(seed)
-    A = torch.randn(s.dimension, model.config.d, generator=generator) / math.sqrt(s.dimension)
     U = (torch.randn(s.dimension, generator=generator) for _ in range(samples))
-    offsets = [s.sigma * (u @ A) for u in U]
-    perturbed = active_neurons(model, ids, offsets, 0.0, seed, question)
-    sampled = active_neurons(model, ids, [None] * samples, s.temperature, seed, question)
+
+    def active(offsets: list[Tensor | None], temperature: float = 0.0) -> tuple[list, Tensor]:
+        return active_neurons(model, ids, offsets, temperature, s.position, seed, question)
+
+    perturbed, often = active([s.sigma * (u @ A) for u in U])
+    sampled, seldom = active([None] * samples, s.temperature)
+    key = (often - seldom).topk(max(1, len(often) // 100)).indices
     lines = [
         "active MLP neurons, first five tokens: mean (standard deviation over tokens and samples)",
         "layer  perturbed        sampled          difference",
@@ -139,8 +149,11 @@ def analyse(
         lines.append(f"{i:5}  {both}  {p[0] - q[0]:+.4f}")
     s = replace(s, method="soft", stop_threshold=0.0)
     ((_, record),) = reason(model, tokenizer, [tasks.ask_number(question)], s, seed)
+    after = f"{often[key].mean():.4f} perturbed, {seldom[key].mean():.4f} sampled"
+    lines += ["", f"share of the {len(key)} key neurons that is active: {after}"]
     lines += ["", "how the search's points concentrate"]
-    lines += ["round  distance to the best point  distance to each other  norm  reward"]
+    head = "round  distance to the best point  distance to each other  correlation  norm"
+    lines += [f"{head}  reward  key neurons"]
     best = torch.tensor(max(record["points"], key=lambda point: point["reward"])["u"])
     for t in range(record["rounds"]):
         points = [point for point in record["points"] if point["round"] == t]
@@ -148,8 +161,23 @@ def analyse(
         apart = torch.pdist(U).mean().item() if len(U) > 1 else 0.0
         reward = sum(point["reward"] for point in points) / len(points)
         near, norm = (U - best).norm(dim=1).mean(), U.norm(dim=1).mean()
-        lines.append(f"{t:5}  {near:26.2f}  {apart:22.2f}  {norm:4.1f}  {reward:.4f}")
+        _, rates = active([s.sigma * (u @ A) for u in U])
+        line = f"{t:5}  {near:26.2f}  {apart:22.2f}  {correlation(U):+11.3f}  {norm:4.1f}"
+        lines.append(f"{line}  {reward:.4f}  {rates[key].mean():11.4f}")
     return "\n".join(lines)
+
+
+def projection(question: str, d: int, D: int, seed: int) -> Tensor:
+    """A [d, D] as the search for this question draws it, so that u A is what its points add."""
+    rng = np.random.default_rng((seed, text_seed(question)))
+    generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
+    return torch.randn(d, D, generator=generator) / math.sqrt(d)
+
+
+def correlation(U: Tensor) -> float:
+    """Mean of Pearson's correlation over all pairs of points U [k, d]; 0 of a single point."""
+    k = len(U)
+    return (torch.corrcoef(U).sum().item() - k) / (k * (k - 1)) if k > 1 else 0.0
 
 
 def active_neurons(
@@ -157,19 +185,26 @@ def active_neurons(
     ids: list[int],
     offsets: list[Tensor | None],
     temperature: float,
+    position: int,
     seed: int,
     question: str,
-) -> list[tuple[float, float]]:
-    """Of each layer: mean and standard deviation of the share of active neurons."""
-    active: list[list[Tensor]] = [[] for _ in model.layers]
+) -> tuple[list[tuple[float, float]], Tensor]:
+    """Of each layer: mean and standard deviation of the share of active neurons.
 
-    def count(shares: list, module: nn.Module, inputs: tuple, out: Tensor) -> None:
-        gate = out[..., : model.config.ffn]
-        shares.append((gate > 0).float().mean(-1).flatten().cpu())
+    And how often each neuron is active, all layers one after another: [layers * ffn].
+    """
+    # Of each step: the share of each sequence [rows], how often each neuron [ffn].
+    shares: list[list[Tensor]] = [[] for _ in model.layers]
+    rates: list[list[Tensor]] = [[] for _ in model.layers]
+
+    def count(layer: int, module: nn.Module, inputs: tuple, out: Tensor) -> None:
+        active = (out[..., : model.config.ffn] > 0).float().flatten(end_dim=-2)
+        shares[layer].append(active.mean(1).cpu())
+        rates[layer].append(active.mean(0).cpu())
 
     handles = [
-        block.mlp.gate_up.register_forward_hook(partial(count, shares))
-        for block, shares in zip(model.layers, active)
+        block.mlp.gate_up.register_forward_hook(partial(count, layer))
+        for layer, block in enumerate(model.layers)
     ]
     prompt = Prompt(model.embed(torch.tensor(ids, device=model.device)))
 
@@ -179,13 +214,15 @@ def active_neurons(
 
     while not prompt.ready:
         prompt.prefill(model)
-    for shares in active:
-        shares.clear()
+    for steps in shares + rates:
+        steps.clear()
     rows = len(offsets)
-    for _ in decode(model, requests(), FirstTokens(model, temperature, rows), rows, 6):
+    method = FirstTokens(model, temperature, position, rows)
+    for _ in decode(model, requests(), method, rows, position + 6):
         pass
     for handle in handles:
         handle.remove()
-    # Without the first step, which is fed the prompt's last token.
-    shares = [torch.cat(layer[1:]) for layer in active]
-    return [(x.mean().item(), x.std().item()) for x in shares]
+    # The first step is fed the prompt's last token, not an answer's.
+    told = [torch.cat(steps[position + 1 :]) for steps in shares]
+    often = torch.cat([torch.stack(steps[position + 1 :]).mean(0) for steps in rates])
+    return [(x.mean().item(), x.std().item()) for x in told], often
