@@ -81,6 +81,7 @@ class Question:
     same: Callable[[Any, Any], bool] = lambda a, b: a is not None and a == b
     vote: Callable[..., int | None] = vote
     form: str = ""  # tells a verifier in which form to answer
+    judge: Callable[..., str] | None = None  # what it is asked, if not verifier_message
 
 
 def verifier_message(question: Question, texts: list[str], whole: bool = True) -> str:
@@ -149,10 +150,7 @@ def search(
     seed: int = 0,
     watch: Callable | None = None,
 ) -> Search:
-    """The paper: yields generations that it wants, is sent their outcomes, returns its record.
-
-    watch(round, points, verdict) is called after every round.
-    """
+    """The paper: yields generations that it wants, is sent their outcomes, returns its record."""
     d, D, prompt = s.dimension, model.config.d, encoded(model, tokenizer, question.text)
     rng = np.random.default_rng((seed, text_seed(question.text)))
     generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
@@ -164,7 +162,8 @@ def search(
         # Evaluate f at x = z + sigma u A.
         outcomes = yield [Generation(prompt, s.sigma * (u.float() @ A), s.position) for u in U]
         if s.reward != "coherence":
-            verdict = yield from verify(model, tokenizer, question, [o.text for o in outcomes])
+            texts = [outcome.text for outcome in outcomes]
+            verdict = yield from verify(model, tokenizer, question, texts, verdicts)
             verdicts.append(verdict)
         for u, e, outcome in zip(U, ei, outcomes):
             answer = question.read(outcome.text)
@@ -202,13 +201,15 @@ def search(
     text, spent = chosen(question, points, verdicts, s.select), sum(v["tokens"] for v in verdicts)
     found = record(text, [p["answer"] for p in points], [p["tokens"] for p in points], spent)
     found |= {"points": points, "verdicts": verdicts, "stopped_by": stopped_by}
-    return found | {"rounds": points[-1]["round"] + 1}
+    return found | {"rounds": t + 1}
 
 
-def verify(model: Transformer, tokenizer: Tokenizer, q: Question, texts: list[str]) -> Generator:
+def verify(
+    model: Transformer, tokenizer: Tokenizer, q: Question, texts: list[str], verdicts: list[dict]
+) -> Generator:
     """y_v: the same model's answer when it is shown the question and the candidates."""
     for whole in (True, False):  # without their thoughts if these leave too little of the context
-        message = verifier_message(q, texts, whole)
+        message = q.judge(q, texts, verdicts) if q.judge else verifier_message(q, texts, whole)
         if len(tokenizer.encode(tokenizer.open(message))) <= 0.75 * model.config.context:
             (outcome,) = yield [Generation(encoded(model, tokenizer, message))]
             answer, said = q.read(outcome.text), split_thought(outcome.text)[1]
@@ -305,8 +306,7 @@ def run(
 ) -> Iterator[tuple[int, dict]]:
     """Run a search for each question, with a method for decode that is made for model and rows.
 
-    A search that waits for outcomes leaves its rows to the others; the next one is opened only when
-    those that are open have nothing to do. longest: positions of a prompt beyond the question's.
+    While one waits for outcomes, others use its rows. longest: of a prompt beyond the question's.
     """
     lengths = [len(encoded(model, tokenizer, q.text).embeds) for q in questions]
     rows = model.plan(batch_size, max(lengths, default=1) + longest, s.max_new_tokens)
@@ -326,7 +326,7 @@ def run(
 
     def requests() -> Iterator[Request | None]:
         while True:
-            while not queue and waiting:
+            while not queue and waiting:  # opened only when those that are have nothing to do
                 index, question = waiting.popleft()
                 running[index] = [start(question), None, time.perf_counter()]
                 advance(index, None)

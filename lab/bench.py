@@ -32,7 +32,7 @@ from torch import Tensor, nn
 import soft_reasoning
 import softcot
 from lab import bench_landscapes, bench_search, bench_training, checkpoint, cli
-from lab import fast, files, peers, timing
+from lab import fast, files, flags, peers, timing
 from lab.timing import Clock
 from model import Prompt, Request, Tokenizer, Transformer, UserError, check_prompt, decode
 from model import weight_paths
@@ -112,7 +112,7 @@ def quality(model: Transformer, tokenizer: Tokenizer, exact: Transformer) -> str
 
     On the text of README.md and tiny/README.md, in pieces of 512 tokens.
     """
-    texts = [(cli.ROOT / name).read_text("utf-8") for name in ("README.md", "tiny/README.md")]
+    texts = [(flags.ROOT / name).read_text("utf-8") for name in ("README.md", "tiny/README.md")]
     ids = torch.tensor(tokenizer.encode("\n".join(texts)), device=model.device)
     loss, same, count = [0.0, 0.0], 0, 0
     for piece in ids.split(512):
@@ -215,7 +215,7 @@ def bench_decoding(args: argparse.Namespace) -> tuple[list[str], dict]:
 
 
 def read_arguments(arguments: list[str]) -> argparse.Namespace:
-    parser = cli.new_parser("lab.bench", __doc__.splitlines()[0])
+    parser = flags.new_parser("lab.bench", __doc__.splitlines()[0])
     add, switch = parser.add_argument, {"action": "store_true"}
     add("--model", help="alias, Hugging Face id, or folder")
     add("--assistant", help="a SoftCoT training step with this assistant, too")
@@ -232,7 +232,7 @@ def read_arguments(arguments: list[str]) -> argparse.Namespace:
         ("repeats", 5, "repetitions of each, in turns, or seeds"),
     ):
         add(f"--{name}", type=int, default=default, help=f"{what} (default: {default})")
-    cli.add_flags(parser, "device dtype quantize compile json", json={"help": "every number"})
+    flags.add_flags(parser, "device dtype quantize compile json", json={"help": "every number"})
     return parser.parse_args(arguments)
 
 
@@ -243,7 +243,7 @@ def command(arguments: list[str]) -> int:
         of_gp = args.gp or args.regret or args.search
         if not of_gp and not args.model:
             raise UserError("nothing to measure: pass --model NAME, --gp, --regret, or --search")
-        cli.at_least(args, prompt=1, tokens=8, repeats=1)
+        flags.at_least(args, prompt=1, tokens=8, repeats=1)
         if min(args.batch) < 1:
             raise UserError(f"--batch must be at least 1, not {min(args.batch)}")
         if args.json and not Path(args.json).resolve().parent.is_dir():

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from lab import cli, fast, peers, tasks, timing
+from lab import fast, flags, peers, tasks, timing
 
 D = 256  # of the made embeddings
 TOKENS = 120  # of a generation by the model
@@ -188,8 +188,8 @@ def by_model(
         searching = method.search(model, tokenizer, question, settings)
         return judged(searching, replies[id(question)])
 
-    questions, perturbed = [question for question, _ in rare], partial(method.Perturbed, model)
-    found = method.run(model, tokenizer, questions, start, perturbed, settings, 16)
+    questions = [question for question, _ in rare]
+    found = method.run(model, tokenizer, questions, start, method.Perturbed, settings, 16)
     return [record for _, record in found]
 
 
@@ -227,7 +227,7 @@ def measure(method: ModuleType, args: Any) -> tuple[list[str], dict]:
     ways = {name: partial(by_search, method, s) for name, s in policies.items()}
     if "botorch" in args.against and (propose := peers.made("botorch", peers.botorch_batch)):
         ways["BoTorch qLogEI"] = partial(by_botorch, propose)
-    model, tokenizer = fast.load(args.model or cli.TINY, args.device, args.dtype)
+    model, tokenizer = fast.load(args.model or flags.TINY, args.device, args.dtype)
     where = f"{timing.hardware(model.device)}; torch {torch.__version__}, gp.py on one thread"
     lines = [f"share of searches with a right answer; {args.repeats} seeds; {where}", ""]
     lines += [f"| right answers | coherence | {' | '.join(ways)} |", "|---" * (len(ways) + 2) + "|"]

@@ -14,7 +14,7 @@ import json
 import sys
 from pathlib import Path
 
-from lab import cli, files
+from lab import cli, files, flags
 from model import UserError
 
 
@@ -54,7 +54,7 @@ def exported(path: str | Path, method: str | None = None) -> list[dict]:
 
 
 def command(arguments: list[str]) -> int:
-    parser = cli.new_parser("lab.livecodebench", __doc__.splitlines()[0])
+    parser = flags.new_parser("lab.livecodebench", __doc__.splitlines()[0])
     parser.add_argument("results", metavar="FILE.jsonl", help="written by --output")
     parser.add_argument("-o", "--output", metavar="FILE", required=True, help="what is written")
     parser.add_argument("--method", help="whose programs, where the file holds several")

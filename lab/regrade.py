@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from lab import at_k, cli, files, grading, tables, tasks
+from lab import at_k, cli, files, flags, grading, tables, tasks
 from lab.results import KEY, graded
 from lab.rows import plain_row
 from lab.tasks import TASKS, Problem, Task
@@ -203,11 +203,11 @@ def numbers(text: str) -> list[int]:
 
 
 def command(arguments: list[str]) -> int:
-    parser = cli.new_parser("lab.regrade", __doc__.splitlines()[0])
+    parser = flags.new_parser("lab.regrade", __doc__.splitlines()[0])
     parser.add_argument("file", metavar="FILE", help="result file of a run's --output")
     output = {"help": "write the records there, graded anew; FILE itself stays as it is"}
     task = {"help": "refuse a file of another task than this one"}
-    cli.add_flags(parser, "task output", task=task, output=output)
+    flags.add_flags(parser, "task output", task=task, output=output)
     k = "also pass@k and majority@k, for these k: 1,4,16"
     parser.add_argument("--at", type=numbers, metavar="K,K", default=[], help=k)
     args: argparse.Namespace = parser.parse_args(arguments)

@@ -11,10 +11,10 @@ import torch
 from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
-from lab import study
+from lab import protocols, study, tasks
 from model import Tokenizer, Transformer, UserError
 
-FIRST = "model question task data limit run-generated-code methods seed"
+FIRST = "model question task data protocol limit run-generated-code methods seed"
 
 
 class Thought:
@@ -22,7 +22,7 @@ class Thought:
 
     flags = f"{FIRST} num-samples batch-size device dtype quantize compile output trace json"
     key = ("question", "method", "seed", "sample")
-    costly = ()
+    costly = ()  # methods of a benchmark only where --methods names them
     form = False  # whether a question is told which form its answer takes
     MATTERS = 0.1  # an alternative is shown from this probability on
     WHY: ClassVar = {
@@ -47,7 +47,12 @@ class Thought:
 
     @staticmethod
     def by_seed(jobs: list, seed: int) -> list[tuple[int, list]]:
+        """(problem, sample) pairs by seed: here the sample's number is part of the randomness."""
         return [(seed, jobs)]
+
+    @staticmethod
+    def ask(problem: tasks.Problem, task: tasks.Task, args: argparse.Namespace) -> tasks.Asked:
+        return tasks.ask(problem, task)
 
     @staticmethod
     def other(*_: Any) -> bool:
@@ -115,9 +120,10 @@ class Thought:
 class Search:
     """Soft Reasoning: round by round the candidates, what chose them, and what they earned."""
 
-    flags = f"{FIRST} seeds batch-size device dtype quantize compile output json analyse"
+    flags = f"{FIRST} shots completion seeds batch-size device dtype quantize compile"
+    flags += " output json analyse"
     key = ("question", "method", "seed")
-    costly = ("rap",)  # methods of a benchmark only where --methods names them
+    costly = ("rap",)
     form = True
     WHY: ClassVar = {
         "ei": "no point is expected to improve by the threshold",
@@ -142,8 +148,12 @@ class Search:
         return 1 if s.method in ("greedy", "cot-decoding") else args.seeds
 
     @staticmethod
+    def ask(problem: tasks.Problem, task: tasks.Task, args: argparse.Namespace) -> tasks.Asked:
+        return protocols.ask(problem, task, args.shots or 0, args.protocol == "paper")
+
+    @staticmethod
     def by_seed(jobs: list, seed: int) -> list[tuple[int, list]]:
-        """Seed -> its jobs: sample i is of the i-th seed."""
+        """Sample i is of the i-th seed."""
         numbers = sorted({number for _, number in jobs})
         return [(seed + i, [job for job in jobs if job[1] == i]) for i in numbers]
 

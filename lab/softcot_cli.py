@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lab import cli, results, softcot_variants, tasks
+from lab import cli, flags, protocols, results, softcot_variants, tasks
 from lab.fast import load
 from lab.softcot_variants import METHODS, Answering, variants
 from lab.trained import BEST, identity, kept_hidden, locked
@@ -35,19 +35,19 @@ def command_line(command: str | None, method: ModuleType) -> argparse.ArgumentPa
     titles = {"train": "Train the projection, a soft prompt, or LoRA."}
     titles |= {"eval": "Score methods on a task.", None: method.__doc__.splitlines()[0]}
     epilog = None if command else "See also: softcot.py train --help, softcot.py eval --help"
-    parser = cli.new_parser(
+    parser = flags.new_parser(
         f"{PROG} {command or ''}".strip(),
         titles[command],
         epilog=epilog,
         conflict_handler="resolve",
     )
     add, bundled = parser.add_argument, {"model": {"default": softcot_variants.TINY}}
-    cli.add_flags(parser, "model device dtype", **bundled)
+    flags.add_flags(parser, "model device dtype", **bundled)
     several = "likewise; eval takes several, with commas (default: bundled)"
     add("--assistant", default=softcot_variants.TINY_ASSISTANT, help=several)
     if command:
-        task = {"help": f"(default: tiny) one of {cli.TASKS}"}
-        cli.add_flags(parser, "task data limit", task=task)
+        task = {"help": f"(default: tiny) one of {flags.TASKS}"}
+        flags.add_flags(parser, "task data limit", task=task)
     if command == "train":
         add(
             "--folder", required=True, help="where everything is written; started again, it goes on"
@@ -56,22 +56,24 @@ def command_line(command: str | None, method: ModuleType) -> argparse.ArgumentPa
         add("--save-every", type=int, default=50, help=losable)
         less = "recompute layers in the backward pass: less memory, more time"
         add("--checkpointing", action="store_true", help=less)
-        cli.add_settings(parser, method.Training)
+        flags.add_settings(parser, method.Training)
         return parser
     made = "made by train; eval takes several, with commas, one row each (default: bundled)"
     add("--projection", metavar="FILE", help=made)
     if command is None:
-        cli.add_flags(parser, "question")
+        flags.add_flags(parser, "question")
         default = method.Settings.max_new_tokens
         add("--max-new-tokens", type=int, help=f"of each answer (default: {default})")
         parser.set_defaults(prompt=None, max_new_tokens=default)  # only eval has --prompt
         return parser
-    cli.add_settings(parser, method.Settings)
+    flags.add_settings(parser, method.Settings)
     number = "N, or several with commas, one row each (default: as many as were trained)"
     add("--thoughts", default=None, help=number)
     chosen = f"of {', '.join(METHODS)} (default: all, lora only with --lora)"
-    flags = "run-generated-code methods seed batch-size output json"
-    cli.add_flags(parser, flags, methods={"help": chosen})
+    names = "protocol run-generated-code methods seed batch-size output json"
+    flags.add_flags(parser, names, methods={"help": chosen})
+    told = "--no-thinking answers at once, where the model's template knows how (Qwen3)"
+    add("--thinking", action=argparse.BooleanOptionalAction, default=True, help=told)
     own = "of cot-unk, made by train (default: the placeholders' own embeddings)"
     add("--prompt", metavar="FILE", help=own)
     add("--lora", metavar="FOLDER", help="of lora: an adapter, made by train or by PEFT")
@@ -81,12 +83,13 @@ def command_line(command: str | None, method: ModuleType) -> argparse.ArgumentPa
 def command(arguments: list[str], *modules: ModuleType) -> int:
     """What softcot.py does with these arguments; modules: softcot, lora, prompts."""
     name = arguments[0] if arguments and arguments[0] in ("train", "eval") else None
-    args = command_line(name, modules[0]).parse_args(arguments[1:] if name else arguments)
+    parser = command_line(name, modules[0])
+    args = protocols.parse(parser, PROG, arguments[1:] if name else arguments)
     kept = getattr(args, "folder", getattr(args, "output", None))
 
     def body() -> None:
         least = {"num_samples": 1, "seeds": 1, "batch_size": 1, "save_every": 1}
-        cli.at_least(args, **least, max_new_tokens=1, seed=0)
+        flags.at_least(args, **least, max_new_tokens=1, seed=0)
         {"train": train, "eval": score, None: answer}[name](args, *modules)
 
     keeps = f"{kept} keeps what was saved, and the same command goes on" if kept else ""
@@ -105,7 +108,7 @@ def train(
     args: argparse.Namespace, method: ModuleType, lora: ModuleType, prompts: ModuleType
 ) -> None:
     """Train what --method names in a folder, or go on."""
-    s = cli.settings_of(args, method.Training)
+    s = flags.settings_of(args, method.Training)
     if s.seed >= 1 << 63:
         raise UserError(f"--seed must be below 2^63, not {s.seed}")
     name = "data" if args.data and not args.task else args.task or "tiny"
@@ -188,7 +191,7 @@ def score(
     args: argparse.Namespace, method: ModuleType, lora: ModuleType, prompts: ModuleType
 ) -> None:
     """A task: every method on the same problems, graded, recorded, compared; their spread."""
-    s = cli.settings_of(args, method.Settings, thoughts=0)  # each row has its own number
+    s = flags.settings_of(args, method.Settings, thoughts=0)  # each row has its own number
     if s.temperature == 0 and max(s.num_samples, s.seeds) > 1:
         raise UserError(
             "greedy answers are the same in every sample and for every seed: pass a --temperature "
@@ -210,8 +213,10 @@ def score(
     problems = tasks.load(name, args.data, args.limit, args.run_generated_code)
     task = tasks.TASKS[name]
     model, tokenizer = load(args.model, args.device, args.dtype)
+    if not args.thinking:
+        tokenizer = protocols.without_thinking(tokenizer)
     rows = variants(args, model, methods, [int(n) for n in numbers], method, lora)
-    base = {
+    base = protocols.recorded(args, task) | {
         "model": args.model,
         "device": model.device.type,
         "dtype": str(model.embed.weight.dtype)[6:],
@@ -244,7 +249,7 @@ def answer(
     if not args.projection and not softcot_variants.bundled(args):
         remedy = "pass --projection FILE, which `train` makes"
         raise UserError(f"the bundled projection is for the bundled models: {remedy}")
-    s = cli.settings_of(args, method.Settings)
+    s = flags.settings_of(args, method.Settings)
     model, tokenizer = load(args.model, args.device, args.dtype)
     rows = variants(args, model, ["zero-shot-cot", "softcot"], [], method, lora)
     (_, plain), (_, soft), *_ = rows.values()

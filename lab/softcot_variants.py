@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from lab import tasks
-from lab.cli import ROOT, TINY
+from lab.flags import ROOT, TINY
 from lab.fast import load
 from lab.grading import reader, vote
 from lab.results import Job

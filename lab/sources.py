@@ -115,6 +115,8 @@ SOURCES = {  # name in the cache folder -> repository and commit, path, bytes, S
         261677,
         "fb96d55e1e039c8d14d1d776ba50f8f2cf495aedeb2d3dc65fc5e415aa94c63f",
     ),
+    "soft_reasoning_prompts.yaml": Source(*SOFT_REASONING, "prompts.yaml"),
+    "soft_reasoning_examples.json": Source(*SOFT_REASONING, "data/few_shot_example.json"),
     "strategyqa_train.json": Source(
         *STRATEGYQA,
         "data/strategyqa/train.json",

@@ -266,6 +266,7 @@ class Asked:
     same: Callable[[str | None, str | None], bool]
     form: str = ""  # tells a verifier in which form to answer
     vote: Callable[..., int | None] = grading.vote
+    judge: Callable[..., str] | None = None  # makes the verifier's message in another way
 
 
 def ask(problem: Problem, task: Task) -> Asked:

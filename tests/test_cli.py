@@ -17,7 +17,7 @@ from conftest import ROOT
 import soft_reasoning
 import soft_thinking
 from baselines import sampling
-from lab import cli, show
+from lab import cli, flags, show
 from model import Tokenizer, load
 
 
@@ -59,11 +59,11 @@ SETTINGS = [soft_thinking.Settings, soft_reasoning.Settings, sampling.Settings]
 def test_every_setting_has_a_comment_of_its_own_which_is_its_help(settings):
     said = {}
     for base in reversed(settings.__mro__[:-1]):
-        said |= cli.comments(base)
+        said |= flags.comments(base)
     names = [field.name for field in fields(settings)]
     assert set(said) == set(names)
-    parser = cli.new_parser("x.py", "")
-    cli.add_settings(parser, settings)
+    parser = flags.new_parser("x.py", "")
+    flags.add_settings(parser, settings)
     helps = {action.dest: action.help for action in parser._actions if action.dest != "help"}
     assert list(helps) == names
     for field in fields(settings):
@@ -74,8 +74,8 @@ def test_every_setting_has_a_comment_of_its_own_which_is_its_help(settings):
 
 
 def test_a_comment_of_several_lines_is_read_whole_and_belongs_to_one_field():
-    assert cli.comments(soft_reasoning.Settings)["k"] == "k: points evaluated in each round"
-    said = cli.comments(sampling.Settings)
+    assert flags.comments(soft_reasoning.Settings)["k"] == "k: points evaluated in each round"
+    said = flags.comments(sampling.Settings)
     assert said["method"].startswith("soft: the paper; greedy; sc: self-consistency; ")
     assert said["method"].endswith("most probable first tokens; rap: a tree search over steps")
     assert said["num_samples"] == "answers that sc, fire and cot-decoding vote over"
@@ -86,10 +86,10 @@ def test_a_comment_of_several_lines_is_read_whole_and_belongs_to_one_field():
 )
 def test_a_flag_is_of_its_fields_type_and_takes_its_choices(main, settings, capsys):
     """What is on the command line reaches the field, and nothing else changes."""
-    parser = cli.new_parser("x.py", "")
-    cli.add_settings(parser, settings)
+    parser = flags.new_parser("x.py", "")
+    flags.add_settings(parser, settings)
     types, default = typing.get_type_hints(settings), settings()
-    assert cli.settings_of(parser.parse_args([]), settings) == default
+    assert flags.settings_of(parser.parse_args([]), settings) == default
     for field in fields(settings):
         flag, hint = "--" + field.name.replace("_", "-"), types[field.name]
         kinds = [t for t in typing.get_args(hint) if t is not type(None)] or [hint]
@@ -99,18 +99,22 @@ def test_a_flag_is_of_its_fields_type_and_takes_its_choices(main, settings, caps
         if choices:
             for choice in choices:
                 args = parser.parse_args([flag, choice])
-                assert getattr(cli.settings_of(args, settings), field.name) == choice
+                assert getattr(flags.settings_of(args, settings), field.name) == choice
             with pytest.raises(SystemExit):
                 parser.parse_args([flag, "nonsense"])
             capsys.readouterr()
         elif bool in kinds:
             off = "--no-" + field.name.replace("_", "-")
-            assert getattr(cli.settings_of(parser.parse_args([flag]), settings), field.name) is True
-            assert getattr(cli.settings_of(parser.parse_args([off]), settings), field.name) is False
+            assert (
+                getattr(flags.settings_of(parser.parse_args([flag]), settings), field.name) is True
+            )
+            assert (
+                getattr(flags.settings_of(parser.parse_args([off]), settings), field.name) is False
+            )
         else:
             value = kinds[0](1)
             got = getattr(
-                cli.settings_of(parser.parse_args([flag, str(value)]), settings), field.name
+                flags.settings_of(parser.parse_args([flag, str(value)]), settings), field.name
             )
             assert got == value and type(got) is kinds[0]
 
@@ -126,7 +130,8 @@ def test_help_names_every_flag_its_comment_and_its_default(main, settings, capsy
     for field in fields(settings):
         assert f"--{field.name.replace('_', '-')} " in text
         assert field.default is None or f"(default: {field.default})" in text
-    names = cli.FLAGS.keys() - {"num-samples", "trace", "seeds", "analyse"}  # of one program only
+    own = {"num-samples", "trace", "seeds", "analyse", "shots", "completion"}  # of one program
+    names = flags.FLAGS.keys() - own
     assert all(f"--{name} " in text for name in names)
 
 

@@ -9,7 +9,7 @@ from conftest import ROOT
 
 import model
 from baselines import sampling
-from lab import cli
+from lab import flags
 from model import Prompt, Request, decode
 from soft_thinking import Settings
 
@@ -59,7 +59,7 @@ def test_every_flag_that_is_named_exists(file):
     known = set(re.findall(r'"--?([a-z][\w-]*)"', "".join(p.read_text() for p in source_files())))
     bench = (ROOT / "lab" / "bench.py").read_text()
     known |= set(re.findall(r'"([a-z]+)"', bench[bench.index("def read_arguments") :]))
-    known |= {name.replace("_", "-") for name in fields_of_settings()} | set(cli.FLAGS) | {"help"}
+    known |= {name.replace("_", "-") for name in fields_of_settings()} | set(flags.FLAGS) | {"help"}
     known |= {f"no-{name}" for name in known}
     text = (ROOT / file).read_text(encoding="utf-8")
     named = set(re.findall(r"(?<![\w-])--([a-z][\w-]*)", text))

@@ -483,7 +483,7 @@ def test_lengths_end_the_thought_or_the_answer(folder_of):
 
 
 def one_noisy_step(folder, rows, **options):
-    """Tokens, and concept tokens [rows, V], of a step: the first three tokens have 0.6, 0.3, 0.1."""
+    """Tokens, and concept tokens [rows, V], of a step: the first tokens have 0.6, 0.3, 0.1."""
     settings = Settings(temperature=1.0, max_new_tokens=1, **options)
     method, at = first_steps(random_model(), folder, settings, rows, trace=True)
     logits = torch.full((rows, 272), -1e9)

@@ -11,7 +11,7 @@ from softcot_pair import PROBLEMS, data, evaluates, lengthen, loaded, main, pair
 
 import softcot
 from baselines import lora, prompts
-from lab import cli, fast, softcot_variants, tasks, trained
+from lab import fast, flags, softcot_variants, tasks, trained
 from lab.softcot_cli import command_line, nearest_tokens
 from lab.softcot_variants import Answering, Variant, voted
 from model import UserError
@@ -177,7 +177,7 @@ def test_the_nearest_tokens_are_named(loaded):
 @pytest.mark.parametrize("command, settings", [("train", Training), ("eval", Settings)])
 def test_every_setting_is_a_flag_with_its_comment_as_help(command, settings):
     parser = command_line(command, softcot)
-    for name, comment in cli.comments(settings).items():
+    for name, comment in flags.comments(settings).items():
         flag = parser._option_string_actions["--" + name.replace("_", "-")]
         assert comment and (flag.help.startswith(comment) or name == "thoughts")
 

@@ -1,0 +1,146 @@
+"""Flags of the programs: those of a run, and one for each field of a method's Settings."""
+
+import argparse
+import inspect
+import re
+import sys
+import typing
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from lab import tasks
+from model import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = str(ROOT / "tiny" / "base")  # the bundled model
+TASKS = ", ".join(tasks.TASKS)
+
+FLAGS = {  # those that are no settings of a method
+    "model": {
+        "default": TINY,
+        "help": "alias such as qwen2.5-7b, Hugging Face id, or folder (default: bundled)",
+    },
+    "question": {"help": "answer this one in the terminal (default: a problem of the task tiny)"},
+    "task": {"help": f"score a benchmark: {TASKS}"},
+    "data": {
+        "metavar": "FILE",
+        "help": "score your own JSON lines: question, answer (or tests), optional choices, steps",
+    },
+    "run-generated-code": {
+        "action": "store_true",
+        "help": "permit tasks whose answers are programs: they are run (see lab/sandbox.py)",
+    },
+    "protocol": {
+        "choices": ["paper"],
+        "help": "with --task: as the published runs were made, see lab/protocols.py",
+    },
+    "shots": {"type": int, "help": "with --task: worked examples before the question (default: 0)"},
+    "completion": {
+        "action": argparse.BooleanOptionalAction,
+        "default": False,
+        "help": "with --task: ask by bare text, without the chat template",
+    },
+    "limit": {"type": int, "help": "only the first so many problems"},
+    "methods": {"help": "with --task: several, compared problem by problem (default: {methods})"},
+    "seed": {"type": int, "default": 0, "help": "of all randomness (default: 0)"},
+    "seeds": {
+        "type": int,
+        "default": 1,
+        "help": "with --task: so many, from --seed on; their mean and spread (default: 1)",
+    },
+    "num-samples": {
+        "type": int,
+        "default": 1,
+        "help": "answers per question (default: 1); a deterministic method gives one",
+    },
+    "batch-size": {"type": int, "default": 16, "help": "sequences side by side (default: 16)"},
+    "device": {"help": "cpu, cuda, or cuda:N (default: cuda where there is one)"},
+    "dtype": {"help": "bfloat16, float16, or float32 (default: what the device is fast at)"},
+    "quantize": {
+        "choices": ["int8"],
+        "help": "keep the weights in 8 bits: half of bfloat16's memory",
+    },
+    "compile": {"action": "store_true", "help": "compile the decoding step first: for long runs"},
+    "output": {
+        "metavar": "FILE",
+        "help": "append one JSON line per record; started again, it goes on",
+    },
+    "trace": {"action": "store_true", "help": "with --output: every concept token too"},
+    "json": {"metavar": "FILE", "help": "with --task: the table as JSON"},
+    "analyse": {"action": "store_true", "help": "the paper's mechanism study, on the question"},
+}
+
+
+def add_flags(parser: argparse.ArgumentParser, names: str, **changes: dict) -> None:
+    """Those of FLAGS that are named, in this order; changes replace some of their options."""
+    for name in names.split():
+        options = FLAGS[name] | changes.get(name.replace("-", "_"), {})
+        parser.add_argument(f"--{name}", **options)
+
+
+def comments(settings: type) -> dict[str, str]:
+    """Field -> its comment: behind it, or on the lines above it."""
+    said, above = {}, []
+    for line in inspect.getsource(settings).splitlines():
+        code, _, comment = line.partition("  # ")
+        field = re.match(r"    (\w+): ", code)
+        if line.strip().startswith("# "):
+            above.append(line.strip()[2:])
+        elif field:
+            said[field[1]] = " ".join([*above, *([comment.strip()] if comment else [])])
+        if not line.strip().startswith("# "):
+            above = []
+    return said
+
+
+def add_settings(parser: argparse.ArgumentParser, settings: type) -> None:
+    """A flag for each field: type, choices, default and help are the field's."""
+    said = {}
+    for base in reversed(settings.__mro__[:-1]):
+        said |= comments(base)
+    types = typing.get_type_hints(settings)
+    for field in fields(settings):
+        default = "" if field.default is None else f" (default: {field.default})"
+        options = {"help": said[field.name].replace("%", "%%") + default}
+        kinds = [t for t in typing.get_args(types[field.name]) if t is not type(None)]
+        kind = types[field.name]
+        if typing.get_origin(kind) is not typing.Literal and kinds:
+            kind = kinds[0]
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif typing.get_origin(kind) is typing.Literal:
+            options["choices"] = typing.get_args(kind)
+        else:
+            options["type"] = kind
+        flag = "--" + field.name.replace("_", "-")
+        parser.add_argument(flag, default=argparse.SUPPRESS, **options)
+
+
+def settings_of(args: argparse.Namespace, settings: type, **fixed: Any) -> Any:
+    """The settings that the flags ask for; UserError for nonsense."""
+    given = {f.name: getattr(args, f.name) for f in fields(settings) if hasattr(args, f.name)}
+    try:
+        return settings(**given | fixed)
+    except ValueError as error:
+        raise UserError(f"--{str(error).replace('_', '-')}") from None
+
+
+def at_least(args: argparse.Namespace, **least: int) -> None:
+    """UserError where one of these flags, if the command has it, is below its number."""
+    for name, low in least.items():
+        if getattr(args, name, low) < low:
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag} must be at least {low}, not {getattr(args, name)}")
+
+
+def new_parser(prog: str, description: str, **options: Any) -> argparse.ArgumentParser:
+    """One whose mistakes are one line, without the usage."""
+    parser = argparse.ArgumentParser(prog=prog, description=description, **options)
+    parser.error = lambda message: sys.exit(fail(prog.split()[0], message))
+    return parser
+
+
+def fail(prog: str, message: str) -> int:
+    print(f"{prog}:", " ".join(message.split()), file=sys.stderr)
+    return 2
