@@ -1,8 +1,8 @@
 """Where the files of the benchmarks come from, and how each is downloaded, checked and kept.
 
-Each is pinned by commit and SHA-256, but for five whose checksum is not known: AIME 2025, AMC 2023
-and AQuA's training file (their commits are pinned), and the two of ASDiv-Aug (the newest commit of
-its branch is used).
+Each is pinned by commit and SHA-256, but for seven whose checksum is not known: AIME 2025, AMC
+2023, Soft Reasoning's prompts and examples, and AQuA's training file (their commits are pinned),
+and the two of ASDiv-Aug (the newest commit of its branch is used).
 
 Files are kept in $XDG_CACHE_HOME/soft-reasoning-reference, or in ~/.cache/soft-reasoning-reference
 where that variable is unset.

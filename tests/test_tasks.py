@@ -478,6 +478,7 @@ def test_no_network_names_the_address_and_the_place(cache):
 def test_only_the_files_that_the_documents_name_are_pinned_by_less_than_a_checksum(capsys, cache):
     loose = {name for name, source in sources.SOURCES.items() if source.sha256 is None}
     known = {"aqua_train.json", "asdiv_aug_train.jsonl", "asdiv_aug_test.jsonl"}
+    known |= {"soft_reasoning_prompts.yaml", "soft_reasoning_examples.json"}
     assert loose == known | {"aime2025.json", "amc23.json"}
     moving = {name for name, source in sources.SOURCES.items() if len(source.commit) != 40}
     assert moving == {"asdiv_aug_train.jsonl", "asdiv_aug_test.jsonl"}
