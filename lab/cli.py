@@ -57,7 +57,7 @@ def command(arguments: list[str], doc: str, settings: type, run: Callable, view:
     prog = re.search(r"python (\S+)", doc)[1]
     methods = typing.get_args(typing.get_type_hints(settings)["method"])
     parser = new_parser(prog, doc.splitlines()[0])
-    default = ",".join(method for method in methods if method not in view.costly)
+    default = ",".join(method for method in methods if method not in view.extra)
     named = {"help": FLAGS["methods"]["help"].format(methods=default)}
     add_flags(parser, view.flags, methods=named)
     add_settings(parser, settings)
@@ -137,7 +137,7 @@ def score(
     args: argparse.Namespace, settings: type, run: Callable, view: type, there: tuple[str, ...]
 ) -> None:
     """A benchmark: every method on the same problems, graded, recorded, and compared in a table."""
-    default = [method for method in there if method not in view.costly]
+    default = [method for method in there if method not in view.extra]
     methods = [args.method] if hasattr(args, "method") else default
     methods = args.methods.split(",") if args.methods else methods
     if wrong := [method for method in methods if method not in there]:

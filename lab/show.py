@@ -22,7 +22,7 @@ class Thought:
 
     flags = f"{FIRST} num-samples batch-size device dtype quantize compile output trace json"
     key = ("question", "method", "seed", "sample")
-    costly = ()  # methods of a benchmark only where --methods names them
+    extra = ()  # methods of a benchmark only where --methods names them
     form = False  # whether a question is told which form its answer takes
     MATTERS = 0.1  # an alternative is shown from this probability on
     WHY: ClassVar = {
@@ -123,7 +123,7 @@ class Search:
     flags = f"{FIRST} shots completion seeds batch-size device dtype quantize compile"
     flags += " output json analyse"
     key = ("question", "method", "seed")
-    costly = ("rap",)
+    extra = ("rap",)
     form = True
     WHY: ClassVar = {
         "ei": "no point is expected to improve by the threshold",
