@@ -41,6 +41,8 @@ class Task:
 ALL = (
     Task("tiny", "number", "tiny/test.jsonl", instruct=False),
     Task("tiny-train", "number", "tiny/train.jsonl", instruct=False),
+    Task("facts", "number", "tiny/facts/test.jsonl", instruct=False),
+    Task("facts-train", "number", "tiny/facts/train.jsonl", instruct=False),
     Task("gsm8k", "number", "gsm8k_test.jsonl", parse=gsm8k_row),
     Task("gsm8k-train", "number", "gsm8k_train.jsonl", parse=gsm8k_row),
     Task("math500", "math", "math500.json", json_document, chat_row),
