@@ -226,7 +226,11 @@ class Trainer:
         """Greedy answers to these problems: whether they are right."""
         method, model = self.method, self.model
         longest = max((self.sequences[i].prompt for i in asked), default=1)
-        rows = model.plan(max(1, min(16, len(asked))), longest, self.s.max_new_tokens)
+        rows, new = max(1, min(16, len(asked))), self.s.max_new_tokens
+        try:
+            model.plan(rows, longest, new)
+        except UserError:  # slower is better than a training that stops
+            rows = model.plan(1, longest, new)
 
         def requests() -> Iterator[Request]:
             for i in asked:
