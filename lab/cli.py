@@ -1,12 +1,16 @@
 """One command line for all methods: one question in the terminal, or a benchmark."""
 
 import argparse
+import errno
 import os
 import re
+import signal
 import sys
 import typing
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -40,10 +44,28 @@ def guarded(
 
 
 def leave(command: Callable[..., int], *arguments: Any) -> NoReturn:
-    """Run a command as the program. Left at once: unloading PyTorch takes most of a second."""
+    """Run a command as the program. Left at once: unloading PyTorch takes most of a second.
+
+    Exit code 141 where nobody reads on (`| head`), as of a program that SIGPIPE ends.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed: else a file of ours would get its number
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 (it stays open)
     sys.stdout.reconfigure(errors="replace")  # a terminal without Unicode gets question marks
-    code = command(*arguments)
-    sys.stdout.flush()
+    try:
+        try:
+            code = command(*arguments)
+        except SystemExit as end:  # argparse's
+            code = end.code
+        sys.stdout.flush()
+    except BrokenPipeError:
+        code = 128 + signal.SIGPIPE
+    except OSError as error:
+        if error.filename or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            raise  # not of a stream: our fault
+        code, said = 2, f"cannot print what was found: {error.strerror}"
+        with suppress(OSError):  # where standard error is as full
+            fail(Path(sys.argv[0]).name, said)
     os._exit(code)
 
 

@@ -69,4 +69,4 @@ def command(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(command(sys.argv[1:]))
+    cli.leave(command, sys.argv[1:])

@@ -1,5 +1,6 @@
 """What is written where, and what a record depends on: files, locks, streams, identities, slots."""
 
+import errno
 import json
 import os
 import signal
@@ -7,6 +8,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from test_results import PROBLEMS, TASKS, adder, methods, run
 
 import soft_thinking
 from baselines import sampling
-from lab import files, identity, livecodebench, regrade
+from lab import cli, files, identity, livecodebench, regrade
 from model import UserError
 
 __all__ = ["data", "pair"]  # fixtures
@@ -372,3 +374,115 @@ def test_a_question_that_is_answered_is_answered_again_from_the_file(
     capsys.readouterr()
     assert program(arguments) == 0
     assert "as it was kept" in capsys.readouterr().out and len(records_of(out)) == 1
+
+
+# ----------------------------------------------------------------------------------------- streams
+
+
+class Left(Exception):
+    """os._exit, in this process."""
+
+
+@pytest.fixture
+def left(monkeypatch):
+    """left(stream, command): the exit code of a program with that standard output."""
+
+    def leave(code):
+        raise Left(code)
+
+    def make(stream, command=lambda: print("found") or 0):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "_exit", leave)
+            patch.setattr(sys, "stdout", stream)
+            with pytest.raises(Left) as end:
+                cli.leave(command)
+        return end.value.args[0]
+
+    return make
+
+
+def unread(buffering):
+    """A pipe that nobody reads."""
+    r, w = os.pipe()
+    os.close(r)
+    return os.fdopen(w, "w", buffering=buffering)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_streams_that_take_nothing(left, capsys):
+    for buffering in (1, -1):  # it is noticed in print, or at the end
+        assert left(unread(buffering)) == 141
+    assert left(None) == 0  # closed from the start: nobody wants it
+    with tempfile.TemporaryFile("w") as file:
+        assert left(file, lambda: 2) == 2
+
+    class Full:
+        def reconfigure(self, errors): ...
+
+        def write(self, text):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    capsys.readouterr()
+    assert left(Full()) == 2
+    error = capsys.readouterr().err
+    assert "cannot print what was found: No space left on device" in error
+    assert error.count("\n") == 1
+
+
+def test_an_error_that_is_no_stream_s_is_not_hidden(left):
+    def fails():
+        Path("/nowhere/at/all").read_text()
+
+    with pytest.raises(FileNotFoundError):
+        cli.leave(fails)
+
+
+def test_a_table_that_cannot_be_printed_is_written_and_the_other_way_round(
+    tmp_path, monkeypatch, capsys
+):
+    both = methods({}, soft=adder())
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", unread(1))
+        with pytest.raises(BrokenPipeError):
+            run(PROBLEMS, TASKS["tiny"], both, json_path=tmp_path / "table.json")
+    assert json.loads((tmp_path / "table.json").read_text())["problems"] == 6
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        run(PROBLEMS, TASKS["tiny"], both, json_path=tmp_path / "other.json")
+    assert "tiny: 6 problems" in capsys.readouterr().out
+    assert os.listdir(tmp_path) == ["table.json"]
+
+
+def test_a_table_on_a_read_only_disk_is_refused_before_the_model_is_loaded(
+    asks, tmp_path, monkeypatch, capsys
+):
+    def read_only(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tempfile, "TemporaryFile", read_only)
+        table = str(tmp_path / "t.json")
+        assert think([*asks[0], "--model", "no such model", "--json", table]) == 2
+    error = capsys.readouterr().err
+    assert "t.json: Read-only file system" in error and error.count("\n") == 1
+    monkeypatch.setattr(os, "unlink", read_only)  # which says so of files that are not there, too
+    monkeypatch.setattr(os, "replace", read_only)
+    with pytest.raises(UserError, match="Read-only file system"):
+        files.write_json(table, {})
+
+
+@pytest.mark.parametrize("buffered", ["", "1"])
+def test_a_program_whose_reader_leaves_keeps_everything(buffered, asks, tmp_path):
+    out, table = tmp_path / "out.jsonl", tmp_path / "t.json"
+    arguments = [*asks[0], "--methods", "greedy", "--output", str(out), "--json", str(table)]
+    command = [sys.executable, str(ROOT / "soft_thinking.py"), *arguments]
+    environment = os.environ | {"PYTHONUNBUFFERED": buffered, "OMP_NUM_THREADS": "1"}
+    with unread(-1) as nobody:
+        pipes = {"stdout": nobody, "stderr": subprocess.PIPE}
+        done = subprocess.run(command, text=True, env=environment, check=False, **pipes)
+    assert done.returncode == 141 and "Error" not in done.stderr
+    assert len(records_of(out)) == 2 and json.loads(table.read_text())["problems"] == 2
