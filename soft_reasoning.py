@@ -277,21 +277,20 @@ def reason(
     questions: list[Question],
     settings: Settings = Settings(),
     seed: int = 0,
-    batch_size: int | None = None,
+    batch_size: int = 16,
     watch: Callable | None = None,
 ) -> Iterator[tuple[int, dict]]:
     """Search for many questions in one batch; yields (index, record) as each is finished.
 
-    batch_size: sequences decoded side by side (default: all that can be used, at most 16). A record
-    is `record`'s, with seconds and all that `search` adds; stopped_by is "ei", "gain" or "rounds".
+    batch_size: sequences decoded side by side, unused ones too. A record is `record`'s, with
+    seconds and all that `search` adds; stopped_by is "ei", "gain" or "rounds".
     """
     if settings.dimension > model.config.d:
         larger = f"{settings.dimension} is larger than the embedding's {model.config.d}"
         raise UserError(f"--dimension {larger}: lower it")
     start = partial(search, model, tokenizer, s=settings, seed=seed, watch=watch)
     longest = settings.k * settings.max_new_tokens  # a verifier reads the candidates, too
-    rows = batch_size or min(16, len(questions) * settings.k or 1)
-    yield from run(model, tokenizer, questions, start, Perturbed, settings, rows, longest)
+    yield from run(model, tokenizer, questions, start, Perturbed, settings, batch_size, longest)
 
 
 def run(

@@ -279,14 +279,14 @@ def think(
     settings: Settings = Settings(),
     seed: int = 0,
     samples: list[int] | None = None,
-    batch_size: int | None = None,
+    batch_size: int = 16,
     trace: bool = False,
     watch: Callable | None = None,
 ) -> Iterator[tuple[int, dict]]:
     """Answer questions; yields (index into questions, record) as each is finished.
 
     samples[i] numbers the sample wanted of questions[i] (default 0); batch_size sequences are
-    decoded side by side (default: all, at most 16), and change no bit of each other's records.
+    decoded side by side, unused ones too, and change no bit of each other's records.
     trace adds the steps; watch(token, *notes) sees those of row 0. UserError: empty, or too long.
     """
     prompts, encoded = {}, {}
@@ -308,8 +308,7 @@ def think(
                 last, prompt = question, Prompt(model.embed(ids))
             yield Request(prompt, (seed, text_seed(question), sample), i)
 
-    rows = batch_size or min(16, len(questions))
-    rows = model.plan(rows, max(map(len, encoded.values())), settings.max_new_tokens)
+    rows = model.plan(batch_size, max(map(len, encoded.values())), settings.max_new_tokens)
     method = SoftThinking(model, tokenizer, settings, rows, trace)
     keep, most = 4 if trace or watch else 1, settings.max_new_tokens
     for output in decode(model, requests(), method, rows, most, keep, watch):

@@ -238,13 +238,12 @@ def reason(
     questions: list[Question],
     settings: Settings = Settings(),
     seed: int = 0,
-    batch_size: int | None = None,
+    batch_size: int = 16,
 ) -> Iterator[tuple[int, dict]]:
     """As soft_reasoning.reason."""
     if not model.config.eos_ids:
         raise UserError("the model's config.json names no end-of-sequence token: add eos_token_id")
     start = partial(search, model, tokenizer, s=settings, seed=seed)
     longest = settings.max_new_tokens + 100  # steps, and what is asked about them
-    rows = batch_size or min(16, len(questions) * settings.rap_width or 1)
     method = partial(Steps, tokenizer=tokenizer)
-    yield from run(model, tokenizer, questions, start, method, settings, rows, longest)
+    yield from run(model, tokenizer, questions, start, method, settings, batch_size, longest)

@@ -150,7 +150,7 @@ def reason(
     questions: list[Question],
     settings: Settings = Settings(),
     seed: int = 0,
-    batch_size: int | None = None,
+    batch_size: int = 16,
     watch: Callable | None = None,
 ) -> Iterator[tuple[int, dict]]:
     """As soft_reasoning.reason, for any of the methods."""
@@ -165,5 +165,4 @@ def reason(
     start = {"greedy": greedy, "cot-decoding": cot_decoding}.get(settings.method, sampled)
     start = partial(start, model, tokenizer, s=settings, seed=seed)
     method = partial(Sampling, s=settings)
-    rows = batch_size or min(16, len(questions) * settings.at_once or 1)
-    yield from run(model, tokenizer, questions, start, method, settings, rows)
+    yield from run(model, tokenizer, questions, start, method, settings, batch_size)

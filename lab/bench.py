@@ -22,7 +22,6 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -240,14 +239,15 @@ def command(arguments: list[str]) -> int:
     args = read_arguments(arguments)
 
     def body() -> None:
+        flags.check_given(args)
         of_gp = args.gp or args.regret or args.search
         if not of_gp and not args.model:
             raise UserError("nothing to measure: pass --model NAME, --gp, --regret, or --search")
         flags.at_least(args, prompt=1, tokens=8, repeats=1)
         if min(args.batch) < 1:
             raise UserError(f"--batch must be at least 1, not {min(args.batch)}")
-        if args.json and not Path(args.json).resolve().parent.is_dir():
-            raise UserError(f"cannot write {args.json}: make its folder first")
+        if args.json is not None:
+            files.check_table(args.json, ("arguments", "text"))
         args.against = [name for name in args.against.split(",") if name]
         there = ["botorch"] if of_gp else list(peers.PEERS)
         if wrong := [name for name in args.against if name not in there]:
@@ -262,9 +262,8 @@ def command(arguments: list[str]) -> int:
         else:
             lines, numbers = bench_decoding(args)
             lines += ["", *bench_training.measure(softcot, args)] if args.assistant else []
-        if args.json:
-            files.write_json(args.json, {"arguments": vars(args)} | numbers | {"text": lines})
-        print("\n".join(lines))
+        result = {"arguments": vars(args)} | numbers | {"text": lines}
+        files.publish("\n".join(lines), result, args.json)
 
     return cli.guarded("lab.bench", body, memory="lower --batch or --tokens")
 

@@ -1,18 +1,24 @@
 """One command line for all methods: one question in the terminal, or a benchmark."""
 
 import argparse
+import errno
 import os
 import re
+import signal
 import sys
 import typing
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
 from lab import fast, files, protocols, results, tasks
-from lab.flags import FLAGS, TINY, add_flags, add_settings, at_least, fail, new_parser, settings_of
+from lab.flags import FLAGS, TINY, add_flags, add_settings, at_least, check_given, fail
+from lab.flags import new_parser, settings_of
+from lab.identity import identified
 from model import Tokenizer, Transformer, UserError
 
 # ------------------------------------------------------------------------------ errors and the end
@@ -38,10 +44,28 @@ def guarded(
 
 
 def leave(command: Callable[..., int], *arguments: Any) -> NoReturn:
-    """Run a command as the program. Left at once: unloading PyTorch takes most of a second."""
+    """Run a command as the program. Left at once: unloading PyTorch takes most of a second.
+
+    Exit code 141 where nobody reads on (`| head`), as of a program that SIGPIPE ends.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed: else a file of ours would get its number
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 (it stays open)
     sys.stdout.reconfigure(errors="replace")  # a terminal without Unicode gets question marks
-    code = command(*arguments)
-    sys.stdout.flush()
+    try:
+        try:
+            code = command(*arguments)
+        except SystemExit as end:  # argparse's
+            code = end.code
+        sys.stdout.flush()
+    except BrokenPipeError:
+        code = 128 + signal.SIGPIPE
+    except OSError as error:
+        if error.filename or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            raise  # not of a stream: our fault
+        code, said = 2, f"cannot print what was found: {error.strerror}"
+        with suppress(OSError):  # where standard error is as full
+            fail(Path(sys.argv[0]).name, said)
     os._exit(code)
 
 
@@ -64,6 +88,7 @@ def command(arguments: list[str], doc: str, settings: type, run: Callable, view:
     args = protocols.parse(parser, prog, arguments)
 
     def body() -> None:
+        check_given(args)
         at_least(args, seed=0, seeds=1, num_samples=1, batch_size=1)
         many = args.task or args.data
         if args.question is not None and many:
@@ -72,11 +97,14 @@ def command(arguments: list[str], doc: str, settings: type, run: Callable, view:
         for name in ("protocol", "shots", "limit", "methods", "json"):
             if getattr(args, name, None) is not None and not many:
                 raise UserError(f"--{name} goes with --task or --data")
+        if getattr(args, "trace", False) and not args.output:
+            raise UserError("--trace goes with --output, which it is written to")
         view.check(args)
-        if many:
-            score(args, settings, run, view, methods)
-        else:
-            answer(args, settings, run, view)
+        with files.reserved(args.output, args.json):
+            if many:
+                score(args, settings, run, view, methods)
+            else:
+                answer(args, settings, run, view)
 
     return guarded(prog, body, f"what was finished is in {args.output}" if args.output else "")
 
@@ -85,12 +113,17 @@ def load(args: argparse.Namespace) -> tuple[Transformer, Tokenizer]:
     return fast.load(args.model, args.device, args.dtype, args.quantize, args.compile)
 
 
-def recorded(args: argparse.Namespace, s: Any, model: Transformer) -> dict:
-    """Everything that decides what is generated: other settings are not mixed in one file."""
+def recorded(args: argparse.Namespace, model: Transformer, batch_size: int) -> dict:
+    """With the method's settings, all that decides what is generated and kept.
+
+    Records with other settings are not mixed in one file.
+    """
     weight = model.embed.weight
-    here = {"model": args.model, "device": weight.device.type, "dtype": str(weight.dtype)[6:]}
+    here = {"model": args.model} | identified(args.model)
+    here |= {"device": weight.device.type, "dtype": str(weight.dtype)[6:]}
     here |= {"quantize": args.quantize, "compile": args.compile, "seed": args.seed}
-    return here | asdict(s)
+    here |= {"batch_size": batch_size}
+    return here | ({"trace": args.trace} if hasattr(args, "trace") else {})
 
 
 def answer(args: argparse.Namespace, settings: type, run: Callable, view: type) -> None:
@@ -105,24 +138,32 @@ def answer(args: argparse.Namespace, settings: type, run: Callable, view: type) 
     model, tokenizer = load(args)
     if view.other(args, s, run, model, tokenizer):
         return
-    kept = recorded(args, s, model)
-    done = files.resume(args.output, {s.method: kept}, view.key) if args.output else {}
+    # One answer needs no more rows than it can use; for several they do not depend on how many.
+    at_once = getattr(s, "at_once", 1)
+    rows = min(args.batch_size, at_once) if samples == 1 else args.batch_size
+    kept = recorded(args, model, rows) | asdict(s)
+    done, texts = {}, ("answer_text", "thought_text")
+    if args.output:
+        done = files.resume(args.output, {s.method: kept}, view.key, texts)
     about = {"question": args.question, "method": s.method, "seed": args.seed}
     keys = {i: tuple((about | {"sample": i})[name] for name in view.key) for i in range(samples)}
     todo = [i for i in keys if keys[i] not in done]
+    for i in sorted(keys.keys() - set(todo)):
+        said = done[keys[i]]["answer_text"] or done[keys[i]]["thought_text"]
+        print(f"--- sample {i}, as {args.output} holds it\n{said}")
     if not todo:
-        print(f"{args.output} holds this already", file=sys.stderr)
+        return
     # The bundled model knows its own stories only; others are told the form of the answer.
     form = tasks.INSTRUCTION["number"] if view.form and args.model != TINY else ""
     text = "\n\n".join(part for part in (args.question, form) if part)
     asked = [tasks.ask_number(text, form)] * len(todo)
-    rows = min(args.batch_size, samples * getattr(s, "at_once", 1))
     watch = view(tokenizer, s) if len(todo) == 1 else None
     options = {"settings": s, "seed": args.seed, "batch_size": rows, "watch": watch}
     options |= view.arguments(asked, todo, args)
     for _, record in run(model, tokenizer, **options):
         if args.output:
-            files.append(args.output, about | record | {"settings": kept})
+            # The run's settings, not the method's own; first, as lab/files.py knows a record.
+            files.append(args.output, {"settings": kept} | about | record | {"settings": kept})
         view.close(record, watch, model.device, gold)
 
 
@@ -155,23 +196,19 @@ def score(
         tokenizer = protocols.completion(tokenizer)
 
     def solver(s: Any) -> Callable:
-        # The same however many are left after an interruption: bits depend on it.
-        at_once = getattr(s, "at_once", samples[s.method])
-        rows = min(args.batch_size, len(problems) * at_once)
-
         def solve(todo: list[tuple[tasks.Problem, int]]) -> Iterator[tuple]:
             for seed, jobs in view.by_seed(todo, args.seed):
                 questions = [asked[problem.id] for problem, _ in jobs]
                 numbers = [sample for _, sample in jobs]
-                options = {"settings": s, "seed": seed, "batch_size": rows}
+                options = {"settings": s, "seed": seed, "batch_size": args.batch_size}
                 options |= view.arguments(questions, numbers, args)
                 for i, record in run(model, tokenizer, **options):
                     yield *jobs[i], {"prompt": questions[i].text} | record
 
         return solve
 
-    own = protocols.recorded(args, task)
-    solvers = {m: (recorded(args, s, model) | own, solver(s)) for m, s in wanted.items()}
+    common = recorded(args, model, args.batch_size) | protocols.recorded(args, task)
+    solvers = {m: (common | asdict(s), solver(s)) for m, s in wanted.items()}
     result, records = results.run(problems, task, solvers, samples, args.output, args.json)
     view.after(records, methods, problems, task, max(samples.values()))
     if getattr(args, "seeds", 1) > 1:

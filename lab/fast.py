@@ -7,7 +7,6 @@ instructions or kept in 8 bits, a step compiled by Inductor, a step recorded as 
 plan of what fits in memory. Each can be read by itself; none is needed to understand a method.
 """
 
-import sys
 from collections.abc import Callable
 
 import torch
@@ -221,9 +220,10 @@ class Int8Linear(nn.Module):
 
 
 def plan(model: Transformer, rows: int, prompt: int, new: int) -> int:
-    """As many of the rows as fit in what is free, with prompts and new tokens so long at most.
+    """The rows, if they fit in what is free, with prompts and new tokens so long at most.
 
-    A line on standard error where those are fewer; UserError where not even one fits.
+    UserError where those are fewer: bits depend on how many are decoded side by side, so that the
+    number is the user's to lower.
     """
     c, weight = model.config, model.embed.weight
     prompt, positions = min(prompt, c.context), min(prompt + new, c.context)
@@ -232,7 +232,7 @@ def plan(model: Transformer, rows: int, prompt: int, new: int) -> int:
     row = position * (KVCache.rounded(positions, model.device) + prompt) + 32 * c.vocab_size
     # There is one more prompt: the one to come.
     free = 0.9 * checkpoint.free_memory(model.device) - position * prompt
-    fit = min(rows, int(free / row))
+    fit = int(min(rows, free / row))
     there = f"{free / 1e9:.1f} GB are free"
     if fit < 1:
         needs = f"needs {row / 1e9:.1f} GB for its keys and values"
@@ -241,6 +241,7 @@ def plan(model: Transformer, rows: int, prompt: int, new: int) -> int:
             f"a sequence of {positions} positions {needs}, {there} on {model.device}: {remedy}"
         )
     if fit < rows:
-        need = f"each may need {row / 1e9:.2f} GB"
-        print(f"{fit} instead of {rows} sequences side by side: {need}, {there}", file=sys.stderr)
-    return fit
+        need = f"sequences of {positions} positions may need {row / 1e9:.2f} GB each"
+        remedy = f"pass --batch-size {fit}, or lower --max-new-tokens"
+        raise UserError(f"{rows} {need}, {there} on {model.device}: {remedy}")
+    return rows

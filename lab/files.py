@@ -1,13 +1,25 @@
-"""Result files: JSON lines that a killed run goes on with, and whole files that appear at once."""
+"""Result files: JSON lines that a killed run goes on with, and whole files that appear at once.
 
+Only files that are new, or recognisably ours, are written; one process at a time writes to a file
+of records.
+"""
+
+import fcntl
 import json
 import os
+import re
+import socket
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 from model import UserError
+
+START = b'{"settings": {'  # every record begins with it, so that a half-written one is recognised
+TABLE = ("task", "problems", "methods", "interval")  # fields of what `lab.tables.report` makes
 
 
 def plain_json(settings: dict) -> dict:
@@ -15,10 +27,90 @@ def plain_json(settings: dict) -> dict:
     return json.loads(json.dumps(settings, default=str))
 
 
+# --------------------------------------------------------------------------- before the work begins
+
+
 def check_place(path: str | Path) -> None:
     """UserError, before the work is done, where no file can be written."""
-    if not Path(path).resolve().parent.is_dir() or Path(path).is_dir():
+    folder = os.path.dirname(os.path.realpath(path))
+    if not os.path.isdir(folder) or os.path.isdir(path):
         raise UserError(f"cannot write {path}: make its folder first, and give a file's name")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise UserError(f"cannot write {path}: it is a device or a pipe; give a file's name")
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        remedy = "give a name in a folder of yours"
+        raise UserError(f"cannot write {path}: {error.strerror}; {remedy}") from None
+
+
+def check_table(path: str | Path, fields: Sequence[str]) -> None:
+    """UserError where `path` cannot be written, or is a file that is not ours.
+
+    Ours are an empty file, and JSON: an object, or an array of some, with at least these fields.
+    """
+    check_place(path)
+    try:
+        content = Path(path).read_bytes() if os.path.exists(path) else b""
+        found = json.loads(content or "null")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; give another name") from None
+    except (ValueError, RecursionError):
+        found = None
+    rows = found if isinstance(found, list) else [found]
+    ours = rows and all(isinstance(row, dict) and row.keys() >= set(fields) for row in rows)
+    if content and not ours:
+        raise UserError(f"{path} is a file of something else: give another name, or delete it")
+
+
+@contextmanager
+def reserved(output: str | Path | None, table: str | Path | None = None) -> Iterator[None]:
+    """A run's files for this process alone: they can be written, and are ours or new.
+
+    Raises UserError, which names the process that writes to `output` if there is one.
+    """
+    if table:
+        check_table(table, TABLE)
+    if output:
+        check_place(output)
+        if table and os.path.realpath(output) == os.path.realpath(table):
+            raise UserError("--output and --json name the same file: give each its own")
+    with locked(output) if output else nullcontext():
+        yield
+
+
+@contextmanager
+def locked(path: str | Path) -> Iterator[None]:
+    """`path` for this process alone, however it ends, by a lock on a file beside it."""
+    name = f"{os.path.realpath(path)}.lock"
+    another = "give --output another name"
+    try:
+        while True:
+            handle = os.open(name, os.O_RDWR | os.O_CREAT, 0o666)
+            holder = os.read(handle, 1000).decode(errors="replace")
+            if holder and not re.fullmatch(r"process \d+ on \S+", holder):
+                raise UserError(f"{name} is a file of something else: {another}")
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Whoever had it may just have deleted it: then it is not the file of that name.
+            if os.path.exists(name) and os.path.samestat(os.stat(name), os.fstat(handle)):
+                break
+            os.close(handle)
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+    except BlockingIOError:
+        os.close(handle)
+        raise UserError(f"{holder or 'another process'} writes to {path}: {another}") from None
+    except OSError as error:
+        raise UserError(f"cannot lock {path}: {error.strerror}; {another}") from None
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            os.unlink(name)
+        os.close(handle)
+
+
+# ----------------------------------------------------------------------------------------- records
 
 
 def append(path: str | Path, record: dict) -> None:
@@ -33,13 +125,16 @@ def append(path: str | Path, record: dict) -> None:
         ) from None
 
 
-def resume(path: str | Path, settings: dict[str, dict], key: Sequence[str]) -> dict[tuple, dict]:
+def resume(
+    path: str | Path, settings: dict[str, dict], key: Sequence[str], others: Sequence[str] = ()
+) -> dict[tuple, dict]:
     """Read the records of a result file, by their values for the names in `key`.
 
     {} if there is no file. A half-written last line, which a killed process leaves, is cut off.
 
-    settings: method -> settings. Raises UserError for a record of one of these methods with other
-    settings, and for a file that is no result file or is damaged.
+    settings: method -> settings. others: what a record must have beside the key. Raises UserError
+    for a record of one of these methods with other settings, and for a file that is no result file
+    or is damaged.
     """
     path, done = Path(path), {}
     another = "give --output another name"
@@ -49,18 +144,22 @@ def resume(path: str | Path, settings: dict[str, dict], key: Sequence[str]) -> d
         for n, line in enumerate(whole.splitlines(), 1):
             try:
                 record = json.loads(line)
-                there, method = record["settings"], record["method"]
+                there, method = dict(record["settings"]), record["method"]
                 done[tuple(record[name] for name in key)] = record
+                _ = [record[name] for name in others]
             except KeyError as error:
                 raise UserError(
                     f"{path}, line {n}: a record of something else (it has no {error}); {another}"
                 ) from None
-            except (ValueError, TypeError):
+            except (ValueError, TypeError, RecursionError):
                 raise UserError(
                     f"{path}, line {n}: not a record; delete the line, and it is done again; or "
                     f"{another}"
                 ) from None
             here = plain_json(settings.get(method, there))
+            if "weights" in here and "weights" not in there:
+                lacks = "do not say of which weights and tokenizer they are"
+                raise UserError(f"{path} is of an older version, whose records {lacks}; {another}")
             differing = [
                 f"{name} is {there.get(name)!r} there and {here.get(name)!r} here"
                 for name in sorted(there.keys() | here.keys())
@@ -72,35 +171,60 @@ def resume(path: str | Path, settings: dict[str, dict], key: Sequence[str]) -> d
                     "or delete it"
                 )
         rest = content[len(whole) :]
-        if not whole and not b'{"'.startswith(rest[:2]):
+        if rest and not whole and not half_written(rest, key):
             raise UserError(f"{path} is not a result file; {another}")
         # Opened even where nothing is cut: better to fail now than after the first problem.
         with open(path, "ab") as file:
             file.truncate(len(whole))
-        if rest:
-            cut = f"cutting its {len(rest)} bytes"
-            print(f"{path}: the last line is half-written; {cut}", file=sys.stderr)
     except OSError as error:
         raise UserError(f"cannot read and write {path}: {error.strerror}; {another}") from None
+    if rest:
+        cut = f"cutting its {len(rest)} bytes"
+        print(f"{path}: the last line is half-written; {cut}", file=sys.stderr)
     if done:
         print(f"{path}: going on after {len(done)} finished records", file=sys.stderr)
     return done
 
 
-def write_json(path: str | Path, result: Any) -> None:
-    write(path, json.dumps(result, indent=1) + "\n")
-
-
-def write(path: str | Path, text: str) -> None:
-    """Write beside `path`, then put the file in its place at once.
-
-    Readers see the old file or the new one, never a half.
-    """
-    temporary = Path(f"{path}.{os.getpid()}.tmp")
+def half_written(rest: bytes, key: Sequence[str]) -> bool:
+    """Whether this is the beginning of a record, or a whole one without its line break."""
+    if rest[: len(START)] != START[: len(rest)]:
+        return False
     try:
-        temporary.write_text(text)
+        record = json.loads(rest)
+    except ValueError:
+        return True
+    return all(name in record for name in ("method", *key))
+
+
+# ------------------------------------------------------------------------------------- whole files
+
+
+def write_json(path: str | Path, result: Any) -> None:
+    write(path, (json.dumps(result, indent=1) + "\n").encode())
+
+
+def publish(text: str, result: Any, path: str | Path | None) -> None:
+    """Print a text, and write the result where there is a path: each even if the other fails."""
+    try:
+        if path:
+            write_json(path, result)
+    finally:
+        print(text)
+
+
+def write(path: str | Path, content: bytes, remedy: str = "free some space, or try again") -> None:
+    """At once: a reader, or a machine that stops, finds the old file or the new one."""
+    path = os.path.realpath(path)  # a link stays one
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
+        raise UserError(f"cannot write {path}: {error.strerror}; {remedy}") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # it is not there any more, or never was
+            os.unlink(temporary)

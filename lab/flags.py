@@ -54,7 +54,11 @@ FLAGS = {  # those that are no settings of a method
         "default": 1,
         "help": "answers per question (default: 1); a deterministic method gives one",
     },
-    "batch-size": {"type": int, "default": 16, "help": "sequences side by side (default: 16)"},
+    "batch-size": {
+        "type": int,
+        "default": 16,
+        "help": "sequences side by side; the last bits depend on it (default: 16)",
+    },
     "device": {"help": "cpu, cuda, or cuda:N (default: cuda where there is one)"},
     "dtype": {"help": "bfloat16, float16, or float32 (default: what the device is fast at)"},
     "quantize": {
@@ -132,6 +136,14 @@ def at_least(args: argparse.Namespace, **least: int) -> None:
         if getattr(args, name, low) < low:
             flag = name.replace("_", "-")
             raise UserError(f"--{flag} must be at least {low}, not {getattr(args, name)}")
+
+
+def check_given(args: argparse.Namespace) -> None:
+    """UserError for a flag with nothing behind it, such as an unset variable of a script."""
+    for name, value in vars(args).items():
+        if value == "" and name not in ("question", "against"):  # these say it themselves
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag} is empty: give it a value, or leave it out")
 
 
 def new_parser(prog: str, description: str, **options: Any) -> argparse.ArgumentParser:

@@ -59,9 +59,14 @@ def command(arguments: list[str]) -> int:
     parser.add_argument("-o", "--output", metavar="FILE", required=True, help="what is written")
     parser.add_argument("--method", help="whose programs, where the file holds several")
     args = parser.parse_args(arguments)
-    export = lambda: files.write_json(args.output, exported(args.results, args.method))
+
+    def export() -> None:
+        flags.check_given(args)
+        files.check_table(args.output, ("question_id", "code_list"))
+        files.write_json(args.output, exported(args.results, args.method))
+
     return cli.guarded(parser.prog, export)
 
 
 if __name__ == "__main__":
-    sys.exit(command(sys.argv[1:]))
+    cli.leave(command, sys.argv[1:])

@@ -15,6 +15,7 @@ What is read anew is the text that a record keeps:
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -52,7 +53,7 @@ def read(path: str) -> list[dict]:
         if lacking:
             of = "only a run with --task or --data makes records that can be graded"
             raise UserError(f"{path}, line {n}: no {lacking[0]!r} in this record; {of}")
-        key = tuple(record[name] for name in KEY)
+        key = key_of(record)
         if key in records:
             raise UserError(f"{path}, line {n}: {' '.join(map(str, key))} is there twice")
         records[key] = record
@@ -62,6 +63,10 @@ def read(path: str) -> list[dict]:
     if not records:
         raise UserError(f"{path} holds no records")
     return list(records.values())
+
+
+def key_of(record: dict) -> tuple:
+    return tuple(record[name] for name in KEY)
 
 
 def only_task(path: str, records: list[dict], wanted: str | None) -> Task:
@@ -175,22 +180,33 @@ def finished(path: str, records: list[dict]) -> tuple[dict[str, list[list[dict]]
 
 
 def regrade(path: str, output: str | None, wanted: str | None, at: list[int]) -> None:
-    if output:
-        files.check_place(output)
     old = read(path)
     task = only_task(path, old, wanted)
     settings = only_settings(path, old, grading.grader(task))
     problems = problems_of(path, old, task)
     new = [regraded(record, problems[record["problem"]], task) for record in old]
     records, names = finished(path, new)
-    tables.report(task, settings, records, {})
+    if output:
+        check_replaced(output, {key_of(record) for record in new})
+        files.write(output, "".join(json.dumps(record) + "\n" for record in new).encode())
+    print(tables.report(task, settings, records, {})[1])
     if at:
         sames = [grading.reader(problems[name], task.tolerance)[1] for name in names]
         print("\n" + at_k.report(records, sames, at))
     before = dict.fromkeys(str(record["settings"].get("grader")) for record in old)
     print(f"\nbefore: graded by {' and '.join(before)}", *changes(old, new), sep="\n")
-    if output:
-        files.write(output, "".join(json.dumps(record) + "\n" for record in new))
+
+
+def check_replaced(output: str, keys: set[tuple]) -> None:
+    """UserError where a file is there that is no result file, or has other records than these."""
+    if os.path.exists(output) and os.path.getsize(output):
+        try:
+            lost = [record for record in read(output) if key_of(record) not in keys]
+        except UserError:
+            lost = [output]
+        if lost:
+            fault = "holds something else than these records"
+            raise UserError(f"{output} {fault}: give --output another name, or delete it")
 
 
 def numbers(text: str) -> list[int]:
@@ -211,7 +227,13 @@ def command(arguments: list[str]) -> int:
     k = "also pass@k and majority@k, for these k: 1,4,16"
     parser.add_argument("--at", type=numbers, metavar="K,K", default=[], help=k)
     args: argparse.Namespace = parser.parse_args(arguments)
-    return cli.guarded("lab.regrade", lambda: regrade(args.file, args.output, args.task, args.at))
+
+    def body() -> None:
+        flags.check_given(args)
+        with files.reserved(args.output):
+            regrade(args.file, args.output, args.task, args.at)
+
+    return cli.guarded("lab.regrade", body)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from statistics import mean, stdev
 
 from tqdm import tqdm
 
-from lab.files import append, check_place, plain_json, resume, write_json
+from lab.files import append, check_place, plain_json, publish, resume
 from lab.grading import extract, grade, grader
 from lab.tables import length, report
 from lab.tasks import Problem, Task, prompt
@@ -26,6 +26,7 @@ Solve = Callable[[list[Job]], Iterable[tuple[Problem, int, dict]]]
 # -------------------------------------------------------------------------------------------- runs
 
 KEY = ("problem", "method", "sample")  # what tells the records of a task apart
+FACTS = ("question", "choices", "gold", "extracted", "correct")  # what else is read of them
 
 
 def run(
@@ -56,7 +57,7 @@ def run(
         check_place(path)
     common = {"task": task.name, "grader": grader(task)}
     settings = {method: plain_json({**common, **own}) for method, (own, _) in methods.items()}
-    done = resume(output, settings, KEY) if output else {}
+    done = resume(output, settings, KEY, FACTS) if output else {}
     check_problems(output, done, problems, methods)
     samples = num_samples
     if not isinstance(samples, dict):
@@ -82,9 +83,8 @@ def run(
             speeds[method] = tokens / (time.perf_counter() - start), len(jobs)
         numbers = range(samples[method])
         records[method] = [[done[p.id, method, i] for i in numbers] for p in problems]
-    result = report(task, settings, records, speeds)
-    if json_path:
-        write_json(json_path, result)
+    result, table = report(task, settings, records, speeds)
+    publish(table, result, json_path)
     return result, done
 
 
@@ -115,6 +115,7 @@ def graded(problem: Problem, task: Task, method: str, sample: int, record: dict)
         if extracted is not None:
             break
     whole = {
+        "settings": record["settings"],  # first: lab/files.py knows a half-written record by it
         "prompt": prompt(problem, task),
         **record,
         "problem": problem.id,
@@ -143,14 +144,12 @@ def over_seeds(
 
     A sample is a seed; of a method with one only the accuracy is known.
     """
-    print("\naccuracy, mean ± standard deviation over the seeds")
-    result["seeds"] = {}
+    lines, result["seeds"] = ["\naccuracy, mean ± standard deviation over the seeds"], {}
     for method, n in samples.items():
         right = [[records[p.id, method, k]["correct"] for p in problems] for k in range(n)]
         each = [mean(grades) for grades in right]
         std = stdev(each) if n > 1 else None
         result["seeds"][method] = {"accuracies": each, "mean": mean(each), "std": std}
         spread = "(one seed is all)" if std is None else f"± {100 * std:.1f}"
-        print(f"{method:24} {mean(each):.1%} {spread}")
-    if json_path:
-        write_json(json_path, result)
+        lines.append(f"{method:24} {mean(each):.1%} {spread}")
+    publish("\n".join(lines), result, json_path)

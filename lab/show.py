@@ -5,6 +5,8 @@ import os
 import resource
 import sys
 from collections.abc import Callable
+from itertools import zip_longest
+from textwrap import wrap
 from typing import Any, ClassVar
 
 import torch
@@ -209,3 +211,12 @@ class Search:
             f"{record['verification_tokens']} tokens to verify, "
             f"{record['answer_tokens'] / record['seconds']:.1f} tokens/s{right}"
         )
+
+
+def side_by_side(texts: list[str], heads: list[str], width: int = 56) -> str:
+    """Two texts as two columns."""
+    columns = [
+        [line for part in t.splitlines() for line in wrap(part, width) or [""]] for t in texts
+    ]
+    pairs = zip_longest(*([head, "", *lines] for head, lines in zip(heads, columns)), fillvalue="")
+    return "\n".join(f"{left:{width + 2}}{right}".rstrip() for left, right in pairs)

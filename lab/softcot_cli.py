@@ -8,9 +8,7 @@ import hashlib
 import json
 import sys
 from contextlib import nullcontext
-from itertools import zip_longest
 from pathlib import Path
-from textwrap import wrap
 from types import ModuleType
 from typing import NoReturn
 
@@ -18,10 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lab import cli, flags, protocols, results, softcot_variants, tasks
+from lab import cli, files, flags, protocols, results, show, softcot_variants, tasks
 from lab.fast import load
+from lab.folder import locked
+from lab.identity import identified
 from lab.softcot_variants import METHODS, Answering, variants
-from lab.trained import BEST, identity, kept_hidden, locked
+from lab.trained import BEST, identity, kept_hidden
 from lab.training import Trainer
 from model import Tokenizer, Transformer, UserError, check_prompt
 
@@ -88,9 +88,12 @@ def command(arguments: list[str], *modules: ModuleType) -> int:
     kept = getattr(args, "folder", getattr(args, "output", None))
 
     def body() -> None:
+        flags.check_given(args)
         least = {"num_samples": 1, "seeds": 1, "batch_size": 1, "save_every": 1}
         flags.at_least(args, **least, max_new_tokens=1, seed=0)
-        {"train": train, "eval": score, None: answer}[name](args, *modules)
+        run = {"train": train, "eval": score, None: answer}[name]
+        with files.reserved(getattr(args, "output", None), getattr(args, "json", None)):
+            run(args, *modules)
 
     keeps = f"{kept} keeps what was saved, and the same command goes on" if kept else ""
     memory = "(in training, raise --accumulate as much, or pass --checkpointing)"
@@ -218,6 +221,7 @@ def score(
     rows = variants(args, model, methods, [int(n) for n in numbers], method, lora)
     base = protocols.recorded(args, task) | {
         "model": args.model,
+        **identified(args.model),
         "device": model.device.type,
         "dtype": str(model.embed.weight.dtype)[6:],
         "seed": args.seed,
@@ -225,10 +229,13 @@ def score(
         "temperature": s.temperature,
         "max_new_tokens": s.max_new_tokens,
         "prompt_version": method.PROMPT_VERSION,
+        "batch_size": args.batch_size,
     }
-    batch_size = min(args.batch_size, len(problems) * s.num_samples)
-    solve = Answering(method, lora, prompts, model, tokenizer, task, s, args.seed, batch_size)
-    solvers = {row: (base | own, solve.by(variant)) for row, (own, variant) in rows.items()}
+    solve = Answering(method, lora, prompts, model, tokenizer, task, s, args.seed, args.batch_size)
+    solvers = {}
+    for row, (own, variant) in rows.items():
+        assistant = identified(variant.name, "assistant_") if variant.name else {}
+        solvers[row] = base | own | assistant, solve.by(variant)
     result, records = results.run(problems, task, solvers, s.seeds, args.output, args.json)
     if s.seeds > 1:
         seeds = dict.fromkeys(rows, s.seeds)
@@ -261,22 +268,13 @@ def answer(
         ((_, _, record),) = solve.by(variant)([(problem, 0)])
         said = f"{record['thought_text']}\n\n{record['answer_text']}".strip()
         texts.append(f"{said}\n\n{record['answer_tokens']} tokens")
-    print(side_by_side(texts, ["without", f"with {soft.n} soft thoughts"]))
+    print(show.side_by_side(texts, ["without", f"with {soft.n} soft thoughts"]))
     thoughts = method.think_one(*soft.assistant, soft.trained, tasks.prompt(problem, task), soft.n)
     measures = "norm in mean embedding norms, nearest tokens and the cosine of the angle to them"
     print(f"\nsoft thoughts: {measures}")
     print("\n".join(nearest_tokens(model, tokenizer, thoughts)))
     if gold:
         print(f"\nthe right answer is {gold}")
-
-
-def side_by_side(texts: list[str], heads: list[str], width: int = 56) -> str:
-    """Two texts as two columns."""
-    columns = [
-        [line for part in t.splitlines() for line in wrap(part, width) or [""]] for t in texts
-    ]
-    pairs = zip_longest(*([head, "", *lines] for head, lines in zip(heads, columns)), fillvalue="")
-    return "\n".join(f"{left:{width + 2}}{right}".rstrip() for left, right in pairs)
 
 
 @torch.no_grad()

@@ -148,7 +148,7 @@ def analyse(
         both = f"{p[0]:.4f} ({p[1]:.4f})  {q[0]:.4f} ({q[1]:.4f})"
         lines.append(f"{i:5}  {both}  {p[0] - q[0]:+.4f}")
     s = replace(s, method="soft", stop_threshold=0.0)
-    ((_, record),) = reason(model, tokenizer, [tasks.ask_number(question)], s, seed)
+    ((_, record),) = reason(model, tokenizer, [tasks.ask_number(question)], s, seed, s.k)
     after = f"{often[key].mean():.4f} perturbed, {seldom[key].mean():.4f} sampled"
     lines += ["", f"share of the {len(key)} key neurons that is active: {after}"]
     lines += ["", "how the search's points concentrate"]

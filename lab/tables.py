@@ -146,8 +146,8 @@ def report(
     settings: dict[str, dict],
     records: dict[str, list[list[dict]]],
     speeds: dict[str, tuple[float, int]],
-) -> dict:
-    """Print the table of records[method][problem][sample]; returns what --json writes.
+) -> tuple[dict, str]:
+    """Of records[method][problem][sample]: what --json writes, and the table as text.
 
     All methods have the same problems, each its own number of samples. speeds: method -> tokens
     per second, and of how many records, where this process made some.
@@ -167,5 +167,4 @@ def report(
         "settings": settings,
         "methods": [asdict(row) for row in rows],
     }
-    print(table(result, rows))
-    return result
+    return result, table(result, rows)

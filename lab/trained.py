@@ -1,17 +1,15 @@
 """Files of trained tensors: written at once, and read only by the models they were made for.
 
 A file is safetensors; its metadata says what made it, of which models, and for which prompts. Also
-here: a training's folder and its lock, and hidden states that do not fit in memory.
+here: hidden states that do not fit in memory.
 """
 
-import fcntl
 import hashlib
 import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -20,6 +18,7 @@ import torch
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
+from lab import files
 from lab.fast import hf_tensors
 from model import Transformer, UserError
 
@@ -36,21 +35,7 @@ TENSORS = {"softcot": {"weight", "bias"}, "cot-unk": {"prompt"}}
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """At once: a reader, or a machine that stops, finds the old file or the new one."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(
-            f"cannot write {path}: {error.strerror}; fix that, and the same command goes on from "
-            "the last saved step"
-        ) from None
-    finally:
-        temporary.unlink(missing_ok=True)
+    files.write(path, content, "fix that, and the same command goes on from the last saved step")
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict) -> None:
@@ -173,32 +158,7 @@ def read_trained(
     return trained, there
 
 
-# ----------------------------------------------------------------------------- a training's folder
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[Path]:
-    """The folder, made where there is none, for this process alone, however it ends."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise UserError(
-            f"cannot use the folder {folder}: {error.strerror}; give --folder another name"
-        ) from None
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield folder
-    except BlockingIOError:
-        remedy = "wait for it, or give --folder another name"
-        raise UserError(f"another training writes to {folder}: {remedy}") from None
-    except OSError as error:
-        raise UserError(
-            f"cannot lock {folder} ({error.strerror}): give a --folder on a local disk"
-        ) from None
-    finally:
-        os.close(handle)
-
+# --------------------------------------------------------------------------------- hidden states
 
 CACHE_LIMIT = 8 << 30  # bytes of hidden states that are kept in memory; more are kept in a file
 
@@ -225,6 +185,8 @@ def kept_hidden(
         tensors, there = read_tensors(path)
         if there == about:
             return tensors["hidden"]
+        if there.keys() != about.keys():
+            raise UserError(f"{path} is a file of something else: give --folder another name")
     short = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}[dtype]
     entry = {"dtype": short, "shape": shape, "data_offsets": [0, size]}
     header = json.dumps({"__metadata__": about, "hidden": entry}).encode()

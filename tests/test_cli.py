@@ -248,7 +248,7 @@ def test_started_again_it_goes_on_and_other_settings_are_refused(folder_of, caps
         (["--question", "x" * 99], "tokens, the context window 64"),
         (
             ["--question", "x", "--output", "/nowhere/x.jsonl"],
-            "cannot read and write /nowhere/x.jsonl",
+            "cannot write /nowhere/x.jsonl: make its folder first",
         ),
         (["--question", "x", "--limit", "3"], "--limit goes with --task or --data"),
         (["--question", "x", "--task", "tiny"], "--question asks one question"),

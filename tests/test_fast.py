@@ -2,6 +2,7 @@
 
 import gc
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -188,7 +189,7 @@ def test_int8_weights_are_off_by_half_a_step_at_most(dtype, folder_of):
 # ----------------------------------------------------------------------------------------- memory
 
 
-def test_as_many_rows_as_fit_and_a_line_where_none_does(folder_of, monkeypatch, capsys):
+def test_rows_that_do_not_fit_are_the_user_s_to_lower(folder_of, monkeypatch):
     model, _ = load(str(folder_of("llama2")), "cpu", "float32")
     c = model.config
     position = 2 * c.layers * c.kv_heads * c.head_dim * 4
@@ -198,10 +199,14 @@ def test_as_many_rows_as_fit_and_a_line_where_none_does(folder_of, monkeypatch, 
         there = (rows_of_memory * row + 20 * position) / 0.9
         monkeypatch.setattr(checkpoint, "free_memory", lambda device: there)
 
-    for rows_of_memory, rows in ((100, 8), (8.01, 8), (7.99, 7), (1.01, 1)):
+    for rows_of_memory in (math.inf, 100, 8.01):
         free(rows_of_memory)
-        assert model.plan(8, 20, 30) == rows
-        assert capsys.readouterr().err.count("\n") == (rows < 8)
+        assert model.plan(8, 20, 30) == 8
+    for rows_of_memory, rows in ((7.99, 7), (1.01, 1)):
+        free(rows_of_memory)
+        with pytest.raises(UserError, match=f"pass --batch-size {rows}, or lower"):
+            model.plan(8, 20, 30)
+        assert model.plan(rows, 20, 30) == rows
     # No longer than the context, which is 64 here.
     assert model.plan(1, 20, 10**9) == 1
     free(0.99)

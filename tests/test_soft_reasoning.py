@@ -406,7 +406,7 @@ def test_a_search_of_the_bundled_model_one_by_one_is_that_of_a_batch(one_thread)
     task, problems = tasks.TASKS["tiny"], tasks.load("tiny", limit=3)
     questions = [tasks.ask(problem, task) for problem in problems]
     settings = Settings(k=3, rounds=3, max_new_tokens=60, stop_threshold=0)
-    together = dict(reason(model, tokenizer, questions, settings, 1))
+    together = dict(reason(model, tokenizer, questions, settings, 1, batch_size=9))
     for i, question in enumerate(questions):
         check_search(one_by_one(model, tokenizer, question, settings, 1), together[i])
         assert together[i]["rounds"] == 3 and any(together[i]["answers"])

@@ -266,7 +266,7 @@ def scripted(folder, settings, steps, question="q", context=512):
 
     model.forward, model.logits = lambda embeds, cache=None: embeds, logits
     script = iter(steps)
-    ((_, record),) = think(model, tokenizer, [question], settings, trace=True)
+    ((_, record),) = think(model, tokenizer, [question], settings, batch_size=1, trace=True)
     by_batch, script = fed[1:], iter(steps)
     fed.clear()
     if settings.method == "soft":

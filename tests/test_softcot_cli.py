@@ -83,7 +83,9 @@ def test_every_method_with_votes_and_seeds_goes_on_where_it_was_cut(
     assert whole["data-00000", "softcot", 0]["texts"] != whole["data-00000", "softcot", 1]["texts"]
     lines = out.read_text().splitlines()
     out.write_text("\n".join(lines[:13]) + "\n" + lines[13][:50])
-    assert evaluates(folders, data, *arguments, "--batch-size", "2") == 0
+    assert evaluates(folders, data, *arguments, "--batch-size", "2") == 2
+    assert "batch_size is 16 there and 2 here" in capsys.readouterr().err
+    assert evaluates(folders, data, *arguments) == 0
     assert records(out) == whole
     capsys.readouterr()
     assert evaluates(folders, data, *arguments, "--thoughts", "1") == 2
