@@ -11,7 +11,7 @@ import torch
 from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
-from lab import protocols, study, tasks
+from lab import protocols, study, tables, tasks
 from model import Tokenizer, Transformer, UserError
 
 FIRST = "model question task data protocol limit run-generated-code methods seed"
@@ -29,6 +29,7 @@ class Thought:
         "think_end": "ended by the model",
         "cold_stop": "ended by Cold Stop",
         "length": "cut by the length",
+        "not finite": "cut: logits are not finite",
     }
 
     @staticmethod
@@ -115,6 +116,7 @@ class Thought:
         )
         if gold:
             print(f"(the right answer is {gold})")
+        tables.warn([record])
 
 
 class Search:
@@ -209,3 +211,4 @@ class Search:
             f"{record['verification_tokens']} tokens to verify, "
             f"{record['answer_tokens'] / record['seconds']:.1f} tokens/s{right}"
         )
+        tables.warn([record])
