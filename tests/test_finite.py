@@ -86,7 +86,7 @@ def test_a_run_says_at_its_end_that_answers_were_cut(folder_of, tmp_path, capsys
     assert capsys.readouterr().err == ""
 
 
-# ------------------------------------------------------------------------------------------ settings
+# ----------------------------------------------------------------------------------------- settings
 
 
 @pytest.mark.parametrize(
