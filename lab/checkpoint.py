@@ -168,8 +168,9 @@ def check_config(folder: Path) -> Config:
     """The configuration of a model. UserError where something in it is not as it should be."""
     check_kinds(folder)
     c = read_json(folder / "config.json")
-    if (folder / "generation_config.json").exists():
-        read_json(folder / "generation_config.json")
+    for name in ("generation_config.json", "tokenizer_config.json"):
+        if (folder / name).exists():
+            read_json(folder / name)
     try:
         if c.get("model_type") in KINDS:
             check_values(c)
@@ -210,8 +211,6 @@ def check_tokenizer(folder: Path) -> None:
         tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # noqa: BLE001 (the library raises Exception itself)
         raise UserError(f"{file} cannot be read ({error}): download it again") from None
-    if (folder / "tokenizer_config.json").exists():
-        read_json(folder / "tokenizer_config.json")
     try:
         Tokenizer(folder)
     except Exception as error:  # noqa: BLE001 (what a parser of somebody else's program may raise)

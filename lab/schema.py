@@ -1,6 +1,7 @@
 """What a model's JSON files may hold: a table of field, type and range for each, and one reader."""
 
 import json
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +67,10 @@ OTHERS = ("tokenizer.json", "chat_template.jinja", "*.safetensors")
 
 def check_kinds(folder: Path) -> None:
     """UserError for a folder, a pipe or a link to nothing where a file is due."""
-    for name in (*FIELDS, *OTHERS):
-        for path in folder.glob(name):
-            if not path.is_file():
-                raise UserError(f"{path} is not a regular file: put the model's file there")
+    for path in folder.iterdir():
+        read = any(fnmatch(path.name, name) for name in (*FIELDS, *OTHERS))
+        if read and not path.is_file():
+            raise UserError(f"{path} is not a regular file: put the model's file there")
 
 
 def read_json(path: Path) -> dict:
