@@ -1,4 +1,4 @@
-"""Hostile starts: whatever a file or a flag holds, a program ends with 0 or 2, soon, in one line."""
+"""Hostile starts: whatever files and flags hold, a program ends with 0 or 2, soon, in a line."""
 
 import json
 import random
