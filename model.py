@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import huggingface_hub
 import jinja2.sandbox
@@ -31,6 +31,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 KINDS = ("llama", "qwen2", "qwen3", "mistral")  # architectures
+NOT_FINITE = "not finite: its weights are damaged, or float16 overflows (use --dtype bfloat16)"
 
 
 class UserError(Exception):
@@ -62,17 +63,14 @@ class Config:  # what the transformer needs to know of a config.json
         kind = c.get("model_type")
         require("architecture", kind or ", ".join(c.get("architectures") or ["nothing"]), *KINDS)
         if quantised := c.get("quantization_config"):
-            if isinstance(quantised, dict):
-                quantised = quantised.get("quant_method", "unknown method")
-            require("quantisation", quantised, "bfloat16", "float16", "float32 weights")
+            found = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+            require("quantisation", found, "bfloat16", "float16", "float32 weights")
         require("activation", c.get("hidden_act", "silu"), "silu")
         rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
         rope = {"rope_type": rope.get("type", "default")} | rope
         require("RoPE type", rope["rope_type"], "default", "linear", "llama3", "yarn")
         if rope.get("partial_rotary_factor", c.get("partial_rotary_factor", 1.0)) != 1.0:
             raise UserError("unsupported RoPE: partial_rotary_factor other than 1")
-        if not float(rope.get("factor", 1)) > 0:
-            raise UserError(f"config.json: the RoPE factor is {rope['factor']}, not above 0")
         theta = rope.get("rope_theta", c.get("rope_theta", 10000.0))
         heads, d, context = c["num_attention_heads"], c["hidden_size"], c["max_position_embeddings"]
         if rope["rope_type"] == "yarn":
@@ -344,8 +342,7 @@ class Prompt:
         chunk = self.embeds[self.done : len(self.embeds) - 1][: self.CHUNK]
         self.cache.reserve(self.done + len(chunk))
         if not model(chunk[None], self.cache).isfinite().all():
-            cause = "its weights are damaged, or float16 overflows (then use --dtype bfloat16)"
-            raise UserError(f"the model's hidden states are not finite: {cause}")
+            raise UserError(f"the model's hidden states are {NOT_FINITE}")
         self.done += len(chunk)
         return len(chunk)
 
@@ -364,6 +361,7 @@ class Output:  # what came of a request
     ids: list[int]  # tokens, the end-of-sequence token included
     notes: list[Tensor]  # of the method, each [len(ids), ...]
     seconds: float  # since its prompt was ready
+    finite: bool  # False: its last step's logits were not, and ended it
 
 
 @dataclass(eq=False)
@@ -409,11 +407,14 @@ def decode(
     tokens, limit = every.new_zeros(rows, N + 1), every.new_zeros(rows)
     kept: list[Tensor] = []
 
-    def step() -> None:
-        """One position further in every row: all on the device, nothing waits for it."""
+    def step() -> Tensor:
+        """One position further in every row: all on the device, nothing waits for it. -> live"""
         at.u = u[every, at.t]
         at.hidden, logits = model.step(embeds, cache)
-        token, following, *notes = method.step(logits, at)
+        known = logits.sum(-1).isfinite()  # or else the row ends, and the method sees zeros
+        token, following, *notes = method.step(logits.masked_fill_(~known[:, None], 0), at)
+        token = token.masked_fill(~known, (c.eos_ids or (0,))[0])
+        limit.masked_fill_(at.live & ~known, -1)
         if not kept:
             kept.extend(x.new_zeros(rows, N + 1, *x.shape[1:]) for x in notes[:keep])
         for buffer, x in zip((tokens, *kept), (token, *notes)):
@@ -421,6 +422,7 @@ def decode(
         embeds.copy_(following)
         at.t.add_(at.live)
         at.live.logical_and_(~((token[:, None] == eos).any(-1) | (at.t >= limit)))
+        return at.live
 
     recorded = model.recorder and not getattr(method, "host", False)
     replay = model.recorder(model, step, cache, at.live) if recorded else None
@@ -451,19 +453,15 @@ def decode(
         lengths = [n + 1 if request else 0 for n, request in zip(lengths, slots)]
         cache.reserve(max(lengths))
         seen = int(at.t[0]) if watch else 0
-        if replay:
-            alive = replay()
-        else:
-            step()
-            alive = at.live.tolist()
+        alive = replay() if replay else step().tolist()
         if watch and int(at.t[0]) > seen:
             watch(tokens[0, seen], *(buffer[0, seen] for buffer in kept))
         for row, request in enumerate(slots):
             # What is noticed late is not yet of this request in its first steps.
             if request and not alive[row] and lengths[row] >= len(request.prompt.embeds) + late:
                 t, elapsed = int(at.t[row]), time.perf_counter() - started[row]
-                notes = [buffer[row, :t].clone() for buffer in kept]
-                yield Output(request, tokens[row, :t].tolist(), notes, elapsed)
+                notes, finite = [x[row, :t].clone() for x in kept], bool(limit[row] >= 0)
+                yield Output(request, tokens[row, :t].tolist(), notes, elapsed, finite)
                 slots[row] = None
 
 
@@ -482,9 +480,9 @@ def check_truncation(
 ) -> None:
     """ValueError for a temperature or a cut of the distribution that is out of range."""
     for name, value, fits, wanted in (
-        ("temperature", f"{t} (for argmax use method greedy)", 0 < t < math.inf, "above 0"),
+        ("temperature", f"{t} (for argmax use method greedy)", 1e-30 <= t <= 1e30, "above 0"),
         ("top_k", top_k, top_k >= 0, "at least 1, or 0 for all tokens"),
-        ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1"),
+        ("top_p", top_p, 1e-30 <= top_p <= 1, "above 0 and at most 1"),
         ("min_p", min_p, 0 <= min_p <= 1, "between 0 and 1"),
         ("max_topk", max_topk, max_topk >= 1, "at least 1"),
     ):
@@ -493,13 +491,16 @@ def check_truncation(
 
 
 def check_ranges(settings: Any, positive: str, **least: float) -> None:
-    """ValueError unless fields are finite and above 0 (`positive`), or at least their number."""
-    for name in positive.split():
-        if not 0 < getattr(settings, name) < math.inf:
-            raise ValueError(f"{name} must be above 0, not {getattr(settings, name)}")
-    for name, low in least.items():
-        if not getattr(settings, name) >= low:
-            raise ValueError(f"{name} must be at least {low}, not {getattr(settings, name)}")
+    """ValueError unless fields are above 0 (`positive`), at least a number, of their Literal."""
+    ranges = [(name, 1e-30, 1e30, "above 0") for name in positive.split()]
+    ranges += [(name, low, 2**31, f"at least {low}") for name, low in least.items()]
+    for name, low, high, wanted in ranges:
+        if not low <= (value := getattr(settings, name)) <= high:
+            raise ValueError(f"{name} must be {wanted}, not {value} ({low} to {high})")
+    for name, hint in get_type_hints(type(settings)).items():
+        known = [x for kind in (hint, *get_args(hint)) for x in get_args(kind)]
+        if isinstance(value := getattr(settings, name), str) and value not in known:
+            raise ValueError(f"{name} must be of {hint}, not {value!r}")
 
 
 def text_seed(text: str) -> int:
@@ -524,6 +525,8 @@ class Tokenizer:
         # bos_token, eos_token, ...: templates ask for them by these names.
         tokens = {k: v for k, v in config.items() if k.endswith("_token") and v and v is not True}
         self.special = {k: v["content"] if isinstance(v, dict) else v for k, v in tokens.items()}
+        # {% generation %}: what is learned from, for training tools. A block of its own, like with.
+        text = re.sub(r"(\{%[-+]?\s*(?:end)?)generation\b", r"\1with", text or "")
         # Anybody can write a template: it runs in the sandbox, without Python's internals.
         sandbox = jinja2.sandbox.ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
@@ -541,8 +544,7 @@ class Tokenizer:
     def render(self, messages: str | list[dict], **arguments: Any) -> str:
         """The prompt as text: a chat that is ready to be answered. A str is one user message."""
         if self.template is None:
-            remedy = "use an instruct or reasoning model"
-            raise UserError(f"the tokenizer has no chat template (a base model?): {remedy}")
+            raise UserError("no chat template (a base model?): use an instruct or reasoning model")
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
         usual = {"tools": None, "documents": None, "add_generation_prompt": True} | self.special
@@ -599,8 +601,7 @@ def check_prompt(c: Config, ids: list[int], question: str = "", whose: str = "th
         raise UserError(f"{whose} prompt has {found}: shorten it")
     if max(ids) >= c.vocab_size:
         found = f"id {max(ids)}, the model has {c.vocab_size} embeddings"
-        cause = "tokenizer and weights are of different models"
-        raise UserError(f"{whose} tokenizer gives {found}: {cause}")
+        raise UserError(f"{whose} tokenizer gives {found}: it is of another model")
 
 
 R1 = ("Qwen-1.5", "Qwen-7", "Qwen-14", "Qwen-32", "Llama-8", "Llama-70")

@@ -170,9 +170,6 @@ def search(
             # r_verifier = 1[y = y_v]
             r_verifier = float(question.same(answer, verdict["answer"])) if verdict else None
             r_coherence = coherence(outcome, s.coherence, s.position)
-            if not math.isfinite(r_coherence):
-                cause = "the perturbed embedding makes the model's output not finite"
-                raise UserError(f"{cause}: lower --sigma {s.sigma}, or use --dtype bfloat16")
             reward = (r_verifier or 0.0) + (r_coherence if s.reward != "verifier" else 0.0)
             point = {"round": t, "u": u.tolist(), "reward_verifier": r_verifier}
             point |= {"reward_coherence": r_coherence, "reward": reward, "ei": e, "answer": answer}
@@ -310,15 +307,16 @@ def run(
     lengths = [len(encoded(model, tokenizer, q.text).embeds) for q in questions]
     rows = model.plan(batch_size, max(lengths, default=1) + longest, s.max_new_tokens)
     waiting, queue, finished = deque(enumerate(questions)), deque(), []
-    running: dict[int, list] = {}  # index -> [search, outcomes so far, when it began]
+    running: dict[int, list] = {}  # index -> [search, outcomes so far, when it began, not finite]
 
     def advance(index: int, outcomes: list[Outcome] | None) -> None:
-        current, _, began = running[index]
+        current, _, began, cut = running[index]
         try:
             wanted = current.send(outcomes)
         except StopIteration as end:
             del running[index]
-            finished.append((index, end.value | {"seconds": time.perf_counter() - began}))
+            about = {"not_finite": cut, "seconds": time.perf_counter() - began}
+            finished.append((index, end.value | about))
             return
         running[index][1] = [None] * len(wanted)
         queue.extend(Request(g.prompt, g.seeds, (index, i, g)) for i, g in enumerate(wanted))
@@ -327,13 +325,14 @@ def run(
         while True:
             while not queue and waiting:  # opened only when those that are have nothing to do
                 index, question = waiting.popleft()
-                running[index] = [start(question), None, time.perf_counter()]
+                running[index] = [start(question), None, time.perf_counter(), 0]
                 advance(index, None)
             yield queue.popleft() if queue else None
 
     for output in decode(model, requests(), method(model, rows), rows, s.max_new_tokens, keep=2):
         index, i, _ = output.request.data
         text = tokenizer.decode([t for t in output.ids if t not in model.config.eos_ids])
+        running[index][3] += not output.finite
         outcomes = running[index][1]
         outcomes[i] = Outcome(text, output.ids, *(note.tolist() for note in output.notes))
         if None not in outcomes:

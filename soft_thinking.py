@@ -283,35 +283,37 @@ def think(
     trace: bool = False,
     watch: Callable | None = None,
 ) -> Iterator[tuple[int, dict]]:
-    """Answer questions; yields (index into questions, record) as each is finished.
+    """Answer questions; yields (index, record) as each is finished.
 
     samples[i] numbers the sample wanted of questions[i] (default 0); batch_size sequences are
     decoded side by side, unused ones too, and change no bit of each other's records.
     trace adds the steps; watch(token, *notes) sees those of row 0. UserError: empty, or too long.
     """
-    prompts, encoded = {}, {}
-    for question in dict.fromkeys(questions):  # before the first is decoded
+    if type(questions) is str:
+        raise ValueError("questions must be a list, not a text")
+    prompts, tokens = {}, {}
+    for question in dict.fromkeys(questions):
         if not question.strip():
-            raise UserError("the question is empty: pass --question TEXT")
-        prompts[question] = build_prompt(tokenizer, question)
-        encoded[question] = tokenizer.encode(prompts[question])
-        check_prompt(model.config, encoded[question], question)
+            raise UserError("the question is empty")
+        prompts[question] = text = build_prompt(tokenizer, question)
+        tokens[question] = ids = tokenizer.encode(text)
+        check_prompt(model.config, ids, question)
     if not questions:
         return
     samples = samples or [0] * len(questions)
 
     def requests() -> Iterator[Request]:
-        last, prompt = None, None
+        last = prompt = None
         for i, (question, sample) in enumerate(zip(questions, samples, strict=True)):
             if question != last:  # samples of one question share its prefill
-                ids = torch.tensor(encoded[question], device=model.device)
+                ids = torch.tensor(tokens[question], device=model.device)
                 last, prompt = question, Prompt(model.embed(ids))
             yield Request(prompt, (seed, text_seed(question), sample), i)
 
-    rows = model.plan(batch_size, max(map(len, encoded.values())), settings.max_new_tokens)
+    rows = model.plan(batch_size, max(map(len, tokens.values())), settings.max_new_tokens)
     method = SoftThinking(model, tokenizer, settings, rows, trace)
-    keep, most = 4 if trace or watch else 1, settings.max_new_tokens
-    for output in decode(model, requests(), method, rows, most, keep, watch):
+    keep = 4 if trace or watch else 1
+    for output in decode(model, requests(), method, rows, settings.max_new_tokens, keep, watch):
         i = output.request.data
         about = {"question": questions[i], "prompt": prompts[questions[i]], "seed": seed}
         about |= {"sample": samples[i], "method": settings.method, "settings": asdict(settings)}
@@ -321,17 +323,18 @@ def think(
 def record(model: Transformer, tokenizer: Tokenizer, output: Output, trace: bool) -> dict:
     """What was thought and said."""
     phase, eos = output.notes[0], model.config.eos_ids
-    n, stopped = int((phase < ANSWERING).sum()), output.ids[-1] in eos
-    stopped_by = "length" if phase[-1] in (THINKING, FORCED) and not stopped else "think_end"
-    if int((phase == FORCED).sum()) == len(tokenizer.encode(END)):
+    n = int((phase < ANSWERING).sum())
+    finish = "cold_stop" if phase[-1] == ENDED else "stop" if output.ids[-1] in eos else "length"
+    finish = finish if output.finite else "not finite"
+    stopped_by = finish if phase[-1] in (THINKING, FORCED) and finish != "stop" else "think_end"
+    if (phase == FORCED).sum() == len(tokenizer.encode(END)):
         stopped_by = "cold_stop"
     thought, said = output.ids[:n], output.ids[n:]
     texts = [tokenizer.decode([i for i in ids if i not in eos]) for ids in (thought, said)]
     found = {"thought_ids": thought, "thought_text": texts[0].split(END)[0].strip()}
     found |= {"answer_ids": said, "answer_text": texts[1].strip(), "stopped_by": stopped_by}
-    finish = "cold_stop" if phase[-1] == ENDED else "stop" if stopped else "length"
-    found |= {"finish_reason": finish, "thought_tokens": n}
-    found |= {"answer_tokens": len(said), "seconds": output.seconds}
+    found |= {"finish_reason": finish, "thought_tokens": n, "answer_tokens": len(said)}
+    found["seconds"] = output.seconds
     if trace:
         found["steps"] = []
         for H, ids, ct in zip(*(note[:n].tolist() for note in output.notes[1:])):

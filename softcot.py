@@ -209,7 +209,7 @@ class Training:
 
     def __post_init__(self):
         ones = "thoughts", "epochs", "batch_size", "accumulate", "rank", "dev", "max_new_tokens"
-        check_ranges(self, "lr alpha", **dict.fromkeys(ones, 1), warmup=0, dev_limit=0, seed=0)
+        check_ranges(self, "lr alpha", **dict.fromkeys(ones, 1), warmup=0, dev_limit=0)
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout}")
 
@@ -279,9 +279,8 @@ class Settings:
     def __post_init__(self):
         if self.temperature is None:
             object.__setattr__(self, "temperature", 0.7 if self.num_samples > 1 else 0.0)
-        check_ranges(self, "", thoughts=0, num_samples=1, seeds=1, max_new_tokens=1)
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature must be at least 0, not {self.temperature}")
+        positive = "temperature" if self.temperature else ""
+        check_ranges(self, positive, thoughts=0, num_samples=1, seeds=1, max_new_tokens=1)
 
 
 class Sampler:
@@ -339,7 +338,7 @@ def answer(
         text = tokenizer.decode([t for t in output.ids if t not in model.config.eos_ids])
         record = {"prompt": tokenizer.decode(q.left) + between + tokenizer.decode(q.right)}
         record |= {"text": text, "answer_tokens": len(output.ids), "seconds": output.seconds}
-        yield output.request.data, record
+        yield output.request.data, record | {"not_finite": int(not output.finite)}
 
 
 if __name__ == "__main__":

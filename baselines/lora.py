@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import ALIASES, Transformer
+from model import ALIASES, Transformer, UserError
 
 
 def tensor_name(layer: int, x: str, half: str) -> str:
@@ -22,8 +22,13 @@ def tensor_name(layer: int, x: str, half: str) -> str:
 
 
 def start(model: Transformer, rank: int) -> dict[str, Tensor]:
-    """A [r, d] as in PEFT uniform with variance 1 / (3 d), B [out, r] zero: it changes nothing."""
+    """A [r, d] as in PEFT uniform with variance 1 / (3 d), B [out, r] zero: it changes nothing.
+
+    UserError where r is not between 1 and d.
+    """
     c, tensors = model.config, {}
+    if not 1 <= rank <= c.d:
+        raise UserError(f"a LoRA of rank {rank}: use 1 to {c.d}, the model's width")
     for i in range(c.layers):
         for x, out in (("q", c.heads * c.head_dim), ("v", c.kv_heads * c.head_dim)):
             A = torch.empty(rank, c.d).uniform_(-1, 1) / math.sqrt(c.d)

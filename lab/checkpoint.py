@@ -5,7 +5,6 @@ through, so that a damaged, incomplete or foreign one is named with its remedy.
 """
 
 import difflib
-import json
 import math
 import re
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 from huggingface_hub import errors as hub_errors
 
 import model as plain
+from lab.schema import check_kinds, read_json
 from model import ALIASES, KINDS, WANTED, Config, Tokenizer, Transformer, UserError
 
 # ------------------------------------------------------------------------------- device and dtype
@@ -61,7 +61,34 @@ def free_memory(device: torch.device) -> float:
     meminfo = Path("/proc/meminfo")
     if not meminfo.exists():
         return math.inf
-    return int(re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())[1]) * 1024
+    free = int(re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())[1]) * 1024
+    return min(free, left_to_container())
+
+
+# A container's limit, its use, and the line of memory.stat with what it can give back at once.
+CGROUPS = (
+    ("memory.max", "memory.current", "inactive_file"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
+
+
+def left_to_container(process: str = "/proc/self/cgroup", mounted: str = "/sys/fs/cgroup") -> float:
+    """Bytes until the limit of this process's cgroup, or of one above it; infinite without one."""
+    groups, left = Path(process), math.inf
+    for line in groups.read_text().splitlines() if groups.exists() else ():
+        _, controllers, own = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        most, used, cached = CGROUPS[bool(controllers)]  # v1 names its controllers
+        folder = Path(mounted) / ("memory" if controllers else "")
+        for part in own.split("/"):
+            folder = folder / part
+            limit = (folder / most).read_text().strip() if (folder / most).exists() else "max"
+            if limit != "max":
+                stat = dict(line.split() for line in (folder / "memory.stat").open())
+                taken = int((folder / used).read_text()) - int(stat.get(cached, 0))
+                left = min(left, max(0, int(limit) - taken))
+    return left
 
 
 def check_memory(
@@ -121,19 +148,6 @@ def find_folder(name: str) -> Path:
         ) from None
 
 
-def read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        kind = "not a Hugging Face model folder"
-        raise UserError(f"{path.parent} has no {path.name}: {kind}") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not JSON ({error}): download it again") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is not a JSON object: download it again")
-    return content
-
-
 SIZES = (
     "vocab_size",
     "hidden_size",
@@ -152,32 +166,35 @@ ROPE_NEEDS = {
 
 def check_config(folder: Path) -> Config:
     """The configuration of a model. UserError where something in it is not as it should be."""
+    check_kinds(folder)
     c = read_json(folder / "config.json")
-    if (folder / "generation_config.json").exists():
-        read_json(folder / "generation_config.json")
+    for name in ("generation_config.json", "tokenizer_config.json"):
+        if (folder / name).exists():
+            read_json(folder / name)
     try:
-        return check_values(c, folder)
+        if c.get("model_type") in KINDS:
+            check_values(c)
+        return plain.read_config(folder)
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
 
 
-def check_values(c: dict[str, Any], folder: Path) -> Config:
-    """What config.json says, where all of it is of the right kind."""
-    try:
-        for name in SIZES if c.get("model_type") in KINDS else ():
-            if name not in c:
-                raise UserError(f"config.json lacks {name}")
-            if not isinstance(c[name], int) or c[name] < 1:
-                raise UserError(f"config.json: {name} is {c[name]!r}, not a positive whole number")
-        rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
-        kind = rope.get("rope_type", rope.get("type"))
-        needs = ROPE_NEEDS.get(kind, ()) if c.get("model_type") in KINDS else ()
-        if missing := [name for name in needs if name not in rope]:
-            raise UserError(f"config.json: RoPE type {kind} lacks {', '.join(missing)}")
-        return plain.read_config(folder)
-    except (TypeError, ValueError, AttributeError, KeyError) as error:
-        kind = f"a value of the wrong kind ({error})"
-        raise UserError(f"config.json has {kind}: download it again") from None
+def check_values(c: dict[str, Any]) -> None:
+    """UserError where a value is missing, or does not go with another one."""
+    if missing := [name for name in SIZES if c.get(name) is None]:
+        raise UserError(f"config.json lacks {', '.join(missing)}")
+    rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type"))
+    if missing := [name for name in ROPE_NEEDS.get(kind, ()) if rope.get(name) is None]:
+        raise UserError(f"config.json: RoPE type {kind} lacks {', '.join(missing)}")
+    if kind == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
+        raise UserError("config.json: low_freq_factor is not below high_freq_factor")
+    heads, kv_heads = c["num_attention_heads"], c.get("num_key_value_heads")
+    if heads % (kv_heads or heads):
+        raise UserError(f"config.json: {heads} heads cannot share {kv_heads} keys and values")
+    width = c.get("head_dim") or c["hidden_size"] // heads
+    if width < 2 or width % 2:
+        raise UserError(f"config.json: a head is {width} wide, not an even number")
 
 
 def check_files(folder: Path, config: Config) -> None:
@@ -194,12 +211,11 @@ def check_tokenizer(folder: Path) -> None:
         tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # noqa: BLE001 (the library raises Exception itself)
         raise UserError(f"{file} cannot be read ({error}): download it again") from None
-    if (folder / "tokenizer_config.json").exists():
-        read_json(folder / "tokenizer_config.json")
     try:
         Tokenizer(folder)
-    except jinja2.TemplateError as error:
-        raise UserError(f"{folder}: the chat template does not parse: {error}") from None
+    except Exception as error:  # noqa: BLE001 (what a parser of somebody else's program may raise)
+        cause = error if isinstance(error, jinja2.TemplateError) else type(error).__name__
+        raise UserError(f"{folder}: the chat template does not parse: {cause}") from None
 
 
 def check_weights(folder: Path, config: Config) -> None:

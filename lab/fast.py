@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import model as plain
-from lab import checkpoint
+from lab import checkpoint, template
 from lab.steps import CompiledStep, Recorder
 from model import KVCache, Tokenizer, Transformer, UserError, causal_attention, rotate
 
@@ -59,6 +59,7 @@ def load(
         except Exception:
             checkpoint.check_files(folder, config)  # says in one line what is wrong with them
             raise
+    template.limit(tokenizer)
     if layer:
         model.lm_head = layer(model.lm_head)
     model.planner = plan  # not bound to the model: a cycle would keep its memory

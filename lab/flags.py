@@ -131,11 +131,14 @@ def settings_of(args: argparse.Namespace, settings: type, **fixed: Any) -> Any:
 
 
 def at_least(args: argparse.Namespace, **least: int) -> None:
-    """UserError where one of these flags, if the command has it, is below its number."""
+    """UserError where one of these flags, if the command has it, is below its number, or absurd."""
     for name, low in least.items():
-        if getattr(args, name, low) < low:
-            flag = name.replace("_", "-")
-            raise UserError(f"--{flag} must be at least {low}, not {getattr(args, name)}")
+        most = {"seed": 2**63 - 1, "max_new_tokens": 2**31}.get(name, 10**6)
+        flag, value = name.replace("_", "-"), getattr(args, name, low)
+        if value < low:
+            raise UserError(f"--{flag} must be at least {low}, not {value}")
+        if value > most:
+            raise UserError(f"--{flag} must be at most {most}, not {value}")
 
 
 def check_given(args: argparse.Namespace) -> None:

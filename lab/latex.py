@@ -1,5 +1,6 @@
 r"""LaTeX and prose as plain text: the numbers they stand for, and one way to write each."""
 
+import functools
 import re
 from fractions import Fraction
 
@@ -56,27 +57,28 @@ def tidy(text: str) -> str:
     return text.strip()
 
 
-def readings(text: str) -> set[Value]:
+@functools.lru_cache(10_000)  # a vote compares every pair of many answers
+def readings(text: str) -> frozenset[Value]:
     """The values a number's text can stand for: '1,000' {1000}, '50%' {50, 1/2}, 'two' none.
 
     An expression has its value, a float where it is irrational: '2^{10}' {1024}.
     """
     if len(text) >= 4000:  # int() reads 4300 digits at most
-        return set()
+        return frozenset()
     match = NUMBER.fullmatch(plain(text).rstrip(" ."))
     if not match:
         found = value(bare(text))
-        return set() if found is None else {found}
+        return frozenset() if found is None else frozenset([found])
     try:
         number = Fraction(match["digits"].replace(",", "")) / Fraction(match["over"] or 1)
     except ZeroDivisionError:
-        return set()
+        return frozenset()
     power = int(match["power"] or match["exponent"] or 0)
     number = (number + int(match["whole"] or 0)) * Fraction(10) ** power
     number = -number if match["sign"] == "-" else number
     other = number / 100 if match["percent"] else number
     other = number * SCALES[match["scale"].lower()] if match["scale"] else other
-    return {number, other}
+    return frozenset([number, other])
 
 
 UNIT = re.compile(
@@ -93,6 +95,7 @@ def bare(text: str) -> str:
     return UNIT.sub("", re.sub(r"^[a-zA-Z] ?= ?", "", text))
 
 
+@functools.lru_cache(10_000)
 def normalise(latex: str) -> str:
     """Rewrite LaTeX so that the usual ways to write one answer become the same string."""
     text = latex.strip(" $\n").rstrip(" .").rstrip(" $")

@@ -22,7 +22,7 @@ def json_lines(path: Path, opened: Callable = open) -> Iterator[tuple[str, Any]]
             if line.strip():
                 try:
                     yield f"line {n}", json.loads(line)
-                except ValueError as error:  # covers text that is not UTF-8, too
+                except (ValueError, RecursionError) as error:  # text that is not UTF-8, too
                     raise UserError(
                         f"{path}, line {n}: not a JSON object ({error}); fix or delete the line"
                     ) from None

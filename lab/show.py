@@ -13,7 +13,7 @@ import torch
 from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
-from lab import protocols, study, tasks
+from lab import protocols, study, tables, tasks
 from model import Tokenizer, Transformer, UserError
 
 FIRST = "model question task data protocol limit run-generated-code methods seed"
@@ -31,6 +31,7 @@ class Thought:
         "think_end": "ended by the model",
         "cold_stop": "ended by Cold Stop",
         "length": "cut by the length",
+        "not finite": "cut: logits are not finite",
     }
 
     @staticmethod
@@ -117,6 +118,7 @@ class Thought:
         )
         if gold:
             print(f"(the right answer is {gold})")
+        tables.warn([record])
 
 
 class Search:
@@ -211,6 +213,7 @@ class Search:
             f"{record['verification_tokens']} tokens to verify, "
             f"{record['answer_tokens'] / record['seconds']:.1f} tokens/s{right}"
         )
+        tables.warn([record])
 
 
 def side_by_side(texts: list[str], heads: list[str], width: int = 56) -> str:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lab import cli, files, flags, protocols, results, show, softcot_variants, tasks
+from lab import cli, files, flags, protocols, results, show, softcot_variants, tables, tasks
 from lab.fast import load
 from lab.folder import locked
 from lab.identity import identified
@@ -268,6 +268,7 @@ def answer(
         ((_, _, record),) = solve.by(variant)([(problem, 0)])
         said = f"{record['thought_text']}\n\n{record['answer_text']}".strip()
         texts.append(f"{said}\n\n{record['answer_tokens']} tokens")
+        tables.warn([record])
     print(show.side_by_side(texts, ["without", f"with {soft.n} soft thoughts"]))
     thoughts = method.think_one(*soft.assistant, soft.trained, tasks.prompt(problem, task), soft.n)
     measures = "norm in mean embedding norms, nearest tokens and the cosine of the angle to them"

@@ -253,4 +253,5 @@ def voted(draws: list[dict], problem: tasks.Problem, tolerance: float) -> dict:
         "answers": found,
         "texts": texts,
         "answer_tokens": sum(record["answer_tokens"] for record in draws),
+        "not_finite": sum(record["not_finite"] for record in draws),
     }

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from model import KVCache, Transformer
+from model import KVCache, Transformer, UserError
 
 
 class CompiledStep:
@@ -38,7 +38,13 @@ class CompiledStep:
         for tensor, dim in ((cache.mask, 3), *((keys, 1) for keys in cache.keys + cache.values)):
             torch._dynamo.maybe_mark_dynamic(tensor, dim)  # once for all lengths and capacities
         start = time.perf_counter()
-        out = self.one(x, rotation, cache)
+        try:
+            out = self.one(x, rotation, cache)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # noqa: BLE001 (of the compiler, of its cache, of the system)
+            cause = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            raise UserError(f"compiling failed ({cause}): leave --compile out") from None
         self.sizes.add(B)
         took = time.perf_counter() - start
         print(f"compiled the step for {B} sequences in {took:.0f} s", file=sys.stderr)

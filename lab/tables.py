@@ -1,11 +1,14 @@
 """The table of a run: of each method accuracy, its difference to the first one's, and lengths."""
 
 import math
+import sys
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
 from lab.grading import grader
 from lab.tasks import Task
+from model import NOT_FINITE
 
 Z = 1.959964  # of a two-sided 95 % interval
 
@@ -167,4 +170,14 @@ def report(
         "settings": settings,
         "methods": [asdict(row) for row in rows],
     }
+    warn(record for of in records.values() for samples in of for record in samples)
     return result, table(result, rows)
+
+
+def warn(records: Iterable[dict]) -> None:
+    """A line on standard error where logits were not finite and ended an answer."""
+    records = list(records)
+    cut = [r for r in records if r.get("not_finite") or r.get("finish_reason") == "not finite"]
+    if cut:
+        of = f"in {len(cut)} of {len(records)} records an answer ends early"
+        print(f"warning: {of}, since the model's logits are {NOT_FINITE}", file=sys.stderr)

@@ -145,10 +145,14 @@ def load(
         raise UserError(f"the task {name!r} reads your own file: name it with --data FILE")
     else:
         path, rows, parse, part = fetch(task.file), task.rows, task.parse, task.part
+    if path.is_fifo() and path.parent != Path("/dev/fd"):  # nobody may ever write to it
+        raise UserError(f"{path} is a named pipe: give a file")
     try:
         rows = list(rows(path))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; check the path") from None
+    except ValueError:  # a NUL in its name
+        raise UserError(f"cannot read {str(path)!r}: no such name") from None
     start, stop = (int(fraction * len(rows)) for fraction in part)
     if start == stop:
         raise UserError(f"{path} holds no problems")
@@ -195,6 +199,10 @@ def make_problem(task: Task, n: int, row: Any, parse: Callable, where: str) -> P
         if not isinstance(steps, list):
             raise wrong("'steps' is not a text or a list of texts")
         steps = [str(step).strip() for step in steps if str(step).strip()]
+    if re.search(
+        "[\ud800-\udfff]", "".join([question, answer, *(choices or {}).values(), *(steps or [])])
+    ):
+        raise wrong("a text in it is not valid Unicode")
 
     verdict = {"true": "yes", "false": "no"}.get(answer.lower(), answer.lower())
     if choices:

@@ -332,11 +332,14 @@ def test_the_verifier_is_told_the_form_of_its_answer():
     assert told == "q\nCandidate 1: a\nWhich answer is right? Say it so."
 
 
-def test_an_embedding_that_breaks_the_model_is_one_line(tiny_model):
-    settings = Settings(rounds=1, k=1, dimension=4, reward="coherence")
-    with pytest.raises(UserError, match="lower --sigma"):
-        broken = said("1", p=float("nan"))
-        drive(*tiny_model, tasks.ask_number("q"), settings, lambda g: broken)
+def test_generations_whose_logits_are_not_finite_are_counted_and_earn_little(tiny_model):
+    model, tokenizer = tiny_model
+    with torch.no_grad():
+        model.lm_head.weight[7, 0] = float("nan")
+    settings = Settings(rounds=1, k=3, dimension=4, reward="coherence", coherence="sum")
+    ((_, record),) = reason(model, tokenizer, [tasks.ask_number("q")], settings)
+    assert record["not_finite"] == 3 and record["tokens"] == [1, 1, 1]
+    assert all(math.isfinite(point["reward"]) for point in record["points"])
 
 
 def test_thoughts_are_split_from_what_is_said():
@@ -375,7 +378,7 @@ def one_by_one(model, tokenizer, question, settings, seed):
 
 def check_search(record, batched):
     """Equal in everything but time, and rewards to rounding."""
-    assert set(batched) - set(record) == {"seconds"}
+    assert set(batched) - set(record) == {"seconds", "not_finite"} and not batched["not_finite"]
     for name, value in record.items():
         if name not in ("points", "verdicts"):
             assert batched[name] == value, name

@@ -428,7 +428,7 @@ def test_settings_refuse_nonsense(settings, said):
 def test_temperature_follows_the_number_of_samples():
     assert Settings().temperature == 0 and Settings(num_samples=3).temperature == 0.7
     for wrong in (-1.0, float("inf"), float("nan")):
-        with pytest.raises(ValueError, match="temperature must be at least 0, not"):
+        with pytest.raises(ValueError, match="temperature must be above 0, not"):
             Settings(temperature=wrong)
 
 

@@ -236,7 +236,7 @@ def said(arguments, capsys):
         ),
         (["eval", "--num-samples", "3", "--temperature", "0"], "greedy answers are the same"),
         (["eval", "--seeds", "3"], "greedy answers are the same"),
-        (["eval", "--temperature", "-1"], "--temperature must be at least 0"),
+        (["eval", "--temperature", "-1"], "--temperature must be above 0"),
         (["eval", "--batch-size", "0"], "--batch-size must be at least 1"),
         (["--question", " "], "the question is empty"),
         (
