@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from lab import fast, files, protocols, results, tasks
+from lab import fast, files, page, protocols, results, tasks
 from lab.flags import FLAGS, TINY, add_flags, add_settings, at_least, fail, new_parser, settings_of
 from model import Tokenizer, Transformer, UserError
 
@@ -73,6 +73,8 @@ def command(arguments: list[str], doc: str, settings: type, run: Callable, view:
             if getattr(args, name, None) is not None and not many:
                 raise UserError(f"--{name} goes with --task or --data")
         view.check(args)
+        if args.html:
+            files.check_place(args.html)
         if many:
             score(args, settings, run, view, methods)
         else:
@@ -120,10 +122,14 @@ def answer(args: argparse.Namespace, settings: type, run: Callable, view: type) 
     watch = view(tokenizer, s) if len(todo) == 1 else None
     options = {"settings": s, "seed": args.seed, "batch_size": rows, "watch": watch}
     options |= view.arguments(asked, todo, args)
+    records = list(done.values())
     for _, record in run(model, tokenizer, **options):
+        records.append(about | record | {"settings": kept})
         if args.output:
-            files.append(args.output, about | record | {"settings": kept})
+            files.append(args.output, records[-1])
         view.close(record, watch, model.device, gold)
+    if args.html:
+        page.write(args.html, records)
 
 
 def check_question(question: str) -> None:
@@ -176,3 +182,5 @@ def score(
     view.after(records, methods, problems, task, max(samples.values()))
     if getattr(args, "seeds", 1) > 1:
         results.over_seeds(result, records, problems, samples, args.json)
+    if args.html:
+        page.write(args.html, list(records.values()))

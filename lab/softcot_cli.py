@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lab import cli, flags, protocols, results, softcot_variants, tasks
+from lab import cli, files, flags, page, protocols, results, softcot_variants, tasks
 from lab.fast import load
 from lab.softcot_variants import METHODS, Answering, variants
 from lab.trained import BEST, identity, kept_hidden, locked
@@ -70,7 +70,7 @@ def command_line(command: str | None, method: ModuleType) -> argparse.ArgumentPa
     number = "N, or several with commas, one row each (default: as many as were trained)"
     add("--thoughts", default=None, help=number)
     chosen = f"of {', '.join(METHODS)} (default: all, lora only with --lora)"
-    names = "protocol run-generated-code methods seed batch-size output json"
+    names = "protocol run-generated-code methods seed batch-size output json html"
     flags.add_flags(parser, names, methods={"help": chosen})
     told = "--no-thinking answers at once, where the model's template knows how (Qwen3)"
     add("--thinking", action=argparse.BooleanOptionalAction, default=True, help=told)
@@ -90,6 +90,8 @@ def command(arguments: list[str], *modules: ModuleType) -> int:
     def body() -> None:
         least = {"num_samples": 1, "seeds": 1, "batch_size": 1, "save_every": 1}
         flags.at_least(args, **least, max_new_tokens=1, seed=0)
+        if getattr(args, "html", None):
+            files.check_place(args.html)
         {"train": train, "eval": score, None: answer}[name](args, *modules)
 
     keeps = f"{kept} keeps what was saved, and the same command goes on" if kept else ""
@@ -233,6 +235,8 @@ def score(
     if s.seeds > 1:
         seeds = dict.fromkeys(rows, s.seeds)
         results.over_seeds(result, records, problems, seeds, args.json)
+    if args.html:
+        page.write(args.html, list(records.values()))
 
 
 # ------------------------------------------------------------------------------------ one question

@@ -294,6 +294,24 @@ def test_several_files_are_side_by_side_and_named_where_they_share_a_method(runs
     assert len(both) == 2 and rows[2][4].startswith(f"{100 * gap:+.1f} (")
 
 
+def test_every_program_writes_a_page_of_its_run(runs, tmp_path):
+    out = tmp_path / "run.html"
+    for program, methods in ((think, "soft"), (reason, "greedy"), (evaluates, "zero-shot-cot")):
+        few = ["--task", "tiny", "--limit", "1", "--methods", methods]
+        assert program([*few, "--html", str(out)]) == 0
+        html = Page(out.read_text(encoding="utf-8"))
+        assert len(rows_of(next(html.all("table")), html)) - 1 == len(list(html.all("article")))
+        out.unlink()
+    out = tmp_path / "one.html"
+    assert (
+        think(["--question", "Anna has 2 eggs. She buys 3 eggs.", "--html", str(out), "--trace"])
+        == 0
+    )
+    html = Page(out.read_text(encoding="utf-8"))
+    assert len(list(html.all("article"))) == len(list(html.all(**{"class": "thought"}))) == 1
+    assert not list(html.all("table", id="methods"))
+
+
 # --------------------------------------------------------------------------------------- mistakes
 
 
