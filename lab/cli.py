@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from lab import fast, files, protocols, results, tasks
+from lab import fast, files, page, protocols, results, tasks
 from lab.flags import FLAGS, TINY, add_flags, add_settings, at_least, check_given, fail
 from lab.flags import new_parser, settings_of
 from lab.identity import identified
@@ -100,7 +100,7 @@ def command(arguments: list[str], doc: str, settings: type, run: Callable, view:
         if getattr(args, "trace", False) and not args.output:
             raise UserError("--trace goes with --output, which it is written to")
         view.check(args)
-        with files.reserved(args.output, args.json):
+        with files.reserved(args.output, args.json, args.html):
             if many:
                 score(args, settings, run, view, methods)
             else:
@@ -160,11 +160,15 @@ def answer(args: argparse.Namespace, settings: type, run: Callable, view: type) 
     watch = view(tokenizer, s) if len(todo) == 1 else None
     options = {"settings": s, "seed": args.seed, "batch_size": rows, "watch": watch}
     options |= view.arguments(asked, todo, args)
+    records = list(done.values())
     for _, record in run(model, tokenizer, **options):
+        records.append(about | record | {"settings": kept})
         if args.output:
             # The run's settings, not the method's own; first, as lab/files.py knows a record.
-            files.append(args.output, {"settings": kept} | about | record | {"settings": kept})
+            files.append(args.output, {"settings": kept} | records[-1])
         view.close(record, watch, model.device, gold)
+    if args.html:
+        page.write(args.html, records)
 
 
 def check_question(question: str) -> None:
@@ -213,3 +217,5 @@ def score(
     view.after(records, methods, problems, task, max(samples.values()))
     if getattr(args, "seeds", 1) > 1:
         results.over_seeds(result, records, problems, samples, args.json)
+    if args.html:
+        page.write(args.html, list(records.values()))

@@ -19,6 +19,7 @@ from typing import Any
 from model import UserError
 
 START = b'{"settings": {'  # every record begins with it, so that a half-written one is recognised
+PAGE = b'<meta name="generator" content="lab.report">'  # in the head of lab/page.html.jinja
 TABLE = ("task", "problems", "methods", "interval")  # fields of what `lab.tables.report` makes
 
 
@@ -63,18 +64,33 @@ def check_table(path: str | Path, fields: Sequence[str]) -> None:
         raise UserError(f"{path} is a file of something else: give another name, or delete it")
 
 
+def check_start(path: str | Path, ours: bytes = PAGE) -> None:
+    """UserError where `path` cannot be written, or is a file that does not begin as ours do."""
+    check_place(path)
+    if os.path.exists(path):
+        with open(path, "rb") as file:
+            start = file.read(1000)
+        if start and ours not in start:
+            raise UserError(f"{path} is a file of something else: give another name")
+
+
 @contextmanager
-def reserved(output: str | Path | None, table: str | Path | None = None) -> Iterator[None]:
+def reserved(
+    output: str | Path | None, table: str | Path | None = None, page: str | Path | None = None
+) -> Iterator[None]:
     """A run's files for this process alone: they can be written, and are ours or new.
 
     Raises UserError, which names the process that writes to `output` if there is one.
     """
     if table:
         check_table(table, TABLE)
+    if page:
+        check_start(page)
     if output:
         check_place(output)
-        if table and os.path.realpath(output) == os.path.realpath(table):
-            raise UserError("--output and --json name the same file: give each its own")
+    given = [os.path.realpath(path) for path in (output, table, page) if path]
+    if len(set(given)) < len(given):
+        raise UserError("two of --output, --json and --html name the same file: give each its own")
     with locked(output) if output else nullcontext():
         yield
 

@@ -71,6 +71,7 @@ FLAGS = {  # those that are no settings of a method
         "help": "append one JSON line per record; started again, it goes on",
     },
     "trace": {"action": "store_true", "help": "with --output: every concept token too"},
+    "html": {"metavar": "PAGE", "help": "also one page to look at, see lab/report.py"},
     "json": {"metavar": "FILE", "help": "with --task: the table as JSON"},
     "analyse": {"action": "store_true", "help": "the paper's mechanism study, on the question"},
 }

@@ -22,7 +22,7 @@ FIRST = "model question task data protocol limit run-generated-code methods seed
 class Thought:
     """Soft Thinking: the thought streams as its most probable tokens, with alternatives."""
 
-    flags = f"{FIRST} num-samples batch-size device dtype quantize compile output trace json"
+    flags = f"{FIRST} num-samples batch-size device dtype quantize compile output trace json html"
     key = ("question", "method", "seed", "sample")
     extra = ()  # methods of a benchmark only where --methods names them
     form = False  # whether a question is told which form its answer takes
@@ -125,7 +125,7 @@ class Search:
     """Soft Reasoning: round by round the candidates, what chose them, and what they earned."""
 
     flags = f"{FIRST} shots completion seeds batch-size device dtype quantize compile"
-    flags += " output json analyse"
+    flags += " output json html analyse"
     key = ("question", "method", "seed")
     extra = ("rap",)
     form = True

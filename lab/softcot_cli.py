@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lab import cli, files, flags, protocols, results, show, softcot_variants, tables, tasks
+from lab import cli, files, flags, page, protocols, results, show, softcot_variants, tables, tasks
 from lab.fast import load
 from lab.folder import locked
 from lab.identity import identified
@@ -70,7 +70,7 @@ def command_line(command: str | None, method: ModuleType) -> argparse.ArgumentPa
     number = "N, or several with commas, one row each (default: as many as were trained)"
     add("--thoughts", default=None, help=number)
     chosen = f"of {', '.join(METHODS)} (default: all, lora only with --lora)"
-    names = "protocol run-generated-code methods seed batch-size output json"
+    names = "protocol run-generated-code methods seed batch-size output json html"
     flags.add_flags(parser, names, methods={"help": chosen})
     told = "--no-thinking answers at once, where the model's template knows how (Qwen3)"
     add("--thinking", action=argparse.BooleanOptionalAction, default=True, help=told)
@@ -91,8 +91,8 @@ def command(arguments: list[str], *modules: ModuleType) -> int:
         flags.check_given(args)
         least = {"num_samples": 1, "seeds": 1, "batch_size": 1, "save_every": 1}
         flags.at_least(args, **least, max_new_tokens=1, seed=0)
-        run = {"train": train, "eval": score, None: answer}[name]
-        with files.reserved(getattr(args, "output", None), getattr(args, "json", None)):
+        run, given = {"train": train, "eval": score, None: answer}[name], vars(args).get
+        with files.reserved(given("output"), given("json"), given("html")):
             run(args, *modules)
 
     keeps = f"{kept} keeps what was saved, and the same command goes on" if kept else ""
@@ -240,6 +240,8 @@ def score(
     if s.seeds > 1:
         seeds = dict.fromkeys(rows, s.seeds)
         results.over_seeds(result, records, problems, seeds, args.json)
+    if args.html:
+        page.write(args.html, list(records.values()))
 
 
 # ------------------------------------------------------------------------------------ one question

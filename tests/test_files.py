@@ -280,7 +280,7 @@ def test_only_a_file_is_written_to(flag, asks, tmp_path, capsys):
 def test_one_file_is_not_both_records_and_table(asks, tmp_path, capsys):
     (arguments, _), out = asks, tmp_path / "out.jsonl"
     assert think([*arguments, "--output", str(out), "--json", f"{tmp_path}/./out.jsonl"]) == 2
-    assert "--output and --json name the same file" in capsys.readouterr().err
+    assert "--json and --html name the same file" in capsys.readouterr().err
     assert not out.exists()
 
 
