@@ -60,6 +60,8 @@ ALL = (
     Task("asdiv-aug", "number", "asdiv_aug_test.jsonl", parse=gsm8k_row, tolerance=1e-2),
     Task("asdiv-aug-train", "number", "asdiv_aug_train.jsonl", parse=gsm8k_row, tolerance=1e-2),
     Task("date_understanding", "choice", "date_understanding.json", json_document, bigbench_row),
+    Task("graph", "choice", "tiny/graph/test.jsonl", instruct=False),
+    Task("graph-train", "choice", "tiny/graph/train.jsonl", instruct=False),
     Task("data", None, ""),  # the user's own --data FILE without a task
 )
 TASKS = {task.name: task for task in ALL}
