@@ -183,7 +183,7 @@ def train(
             print(f"left out: {left_out}, too long for the context window", file=sys.stderr)
         check_prompt(model.config, [max(max(e.ids) for e in examples)])  # of the vocabulary
         text = json.dumps([[e.question, e.targets] for e in examples]).encode()
-        about = {"made_by": PROG, "method": s.method, "task": task.name, "thoughts": str(n)}
+        about = {"made_by": PROG, "method": s.method, "task": task.name}
         about |= {"weights": "lora" if args.lora else "all"}
         about |= {"start": "nothing" if args.from_nothing else "model"}
         about |= {"data": hashlib.sha256(text).hexdigest()[:16]}

@@ -53,7 +53,6 @@ class Trained:
     lora: bool
     model: Transformer
     tokenizer: Tokenizer
-    task: str  # that it was trained on
     name: str  # of the model
     file: str  # digest
 
@@ -90,9 +89,8 @@ def read(
             parameter.data.copy_(tensors[key])
         model.requires_grad_(False)
     own = {key: x.to(model.device) for key, x in own.items()}
-    rest = there["task"].removesuffix("-train"), name, digest(path)
-    lora_too = there["weights"] == "lora"
-    return Trained(method, int(there["thoughts"]), own, lora_too, model, tokenizer, *rest)
+    n, is_lora = int(there["thoughts"]), there["weights"] == "lora"
+    return Trained(method, n, own, is_lora, model, tokenizer, name, digest(path))
 
 
 # -------------------------------------------------------------------------------------------- eval
@@ -104,7 +102,7 @@ def score(
     """A task: every file on the same problems, graded, recorded, compared; the same of one kind."""
     loaded: dict[str, tuple] = {}
     files = [read(Path(path), args, lora, loaded) for path in args.trained.split(",")]
-    name = "data" if args.data and not args.task else args.task or files[0].task
+    name = "data" if args.data and not args.task else args.task or "graph"
     problems, task = tasks.load(name, args.data, args.limit), tasks.TASKS[name]
     batch_size = min(args.batch_size, len(problems))
 
@@ -202,7 +200,7 @@ def probe(
     it = read(Path(args.trained), args, lora, {})
     if it.method != "coconut" or not it.n:
         raise UserError(f"{args.trained} is of {it.method} with {it.n} thoughts: give Coconut's")
-    name = "data" if args.data and not args.task else args.task or it.task
+    name = "data" if args.data and not args.task else args.task or "graph"
     problems, task = tasks.load(name, args.data, args.limit), tasks.TASKS[name]
     with lora.merged(it.model, it.tensors, ALPHA / RANK) if it.lora else nullcontext():
         read_all = [(p, read_thoughts(it, method, tasks.prompt(p, task))) for p in problems]
