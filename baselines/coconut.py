@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import softcot
 from model import At, Prompt, Request, Transformer, causal_attention, check_ranges, decode
-from softcot import Sampler, shuffled
 
 # ----------------------------------------------------------------------------------- the curriculum
 
@@ -97,10 +97,10 @@ class Past:
         return causal_attention(q, k, v, self.mask)
 
 
-def markers(method: str, d: int) -> dict[str, Tensor]:
-    """The method's own vectors before training, [1, d] in float32: <bot> and <eot>, or <pause>."""
+def markers(method: str, E: Tensor) -> dict[str, Tensor]:
+    """<bot> and <eot>, or <pause>, before training: [1, d] in float32, as large as E's rows."""
     names = {"coconut": ["bot", "eot"], "pause": ["pause"]}.get(method, [])
-    return {name: 0.02 * torch.randn(1, d) for name in names}
+    return {name: torch.randn(1, E.shape[1]).to(E.device) * E.float().std() for name in names}
 
 
 def framed(
@@ -173,7 +173,7 @@ def train(
     s: Training = Training(),
     step: int = 0,
     optimizer: torch.optim.Optimizer | None = None,
-    order: Callable[[list[int], int, Training], list[list[int]]] = shuffled,
+    order: Callable[[list[int], int, Training], list[list[int]]] = softcot.shuffled,
 ) -> Iterator[tuple[int, float, float, list[int]]]:
     """As softcot.train, in stages: the optimizer forgets its moments where one begins.
 
@@ -206,7 +206,7 @@ def train(
 # --------------------------------------------------------------------------------------- answering
 
 
-class Coconut(Sampler):
+class Coconut(softcot.Sampler):
     """What `decode` asks: n hidden states are fed back, then <eot>, then the likeliest tokens."""
 
     def __init__(self, model: Transformer, n: int, eot: Tensor):
@@ -232,7 +232,7 @@ def answer(
     rows: int = 16,
 ) -> Iterator[tuple[int, list[int], list[int], float]]:
     """Answer in at most so many tokens: (index, tokens, names of the thoughts, seconds)."""
-    method, silent = Sampler(model), 0  # silent: steps before the first token that is said
+    method, silent = softcot.Sampler(model), 0  # silent: steps before the first token that is said
     if "eot" in trained:
         method, silent = Coconut(model, n, trained["eot"]), n + 1
     prompts = (Prompt(framed(model, trained, question, n)[0]) for question in questions)
@@ -244,7 +244,6 @@ def answer(
 
 
 if __name__ == "__main__":
-    import softcot
     from baselines import lora
     from lab import coconut_cli
 

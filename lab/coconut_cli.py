@@ -189,7 +189,7 @@ def train(
         about |= {"data": hashlib.sha256(text).hexdigest()[:16]}
         about |= {"dtype": str(model.embed.weight.dtype)[6:]}
         about |= identity(0, args.model, model)
-        trained = method.markers(s.method, model.config.d)
+        trained = method.markers(s.method, model.embed.weight.detach())
         trained |= lora.start(model, RANK) if args.lora else dict(model.named_parameters())
         trainer = Staged(
             method, folder, model, tokenizer, task, fitting, examples, about, s, trained

@@ -21,7 +21,6 @@ from lab.trained import check_made_for, digest, identity, read_tensors
 from model import Tokenizer, Transformer, UserError, check_prompt, split_thought
 
 RANK, ALPHA, DROPOUT = 16, 32.0, 0.1  # of LoRA, as in SoftCoT's table
-MARKERS = {"coconut": {"bot", "eot"}, "pause": {"pause"}, "cot": set(), "no-cot": set()}
 
 # ----------------------------------------------------------------------------------------- loading
 
@@ -39,7 +38,7 @@ def bare(name: str, device: str | None, weights: bool = True) -> tuple[Transform
         checkpoint.check_weights(folder, config)
         return plain.load(str(folder), str(device), dtype)
     model = Transformer(config)
-    nn.init.normal_(model.embed.weight, std=0.02)
+    nn.init.normal_(model.embed.weight, std=config.d**-0.5)  # so that first logits are near 1
     return model.to(device), Tokenizer(folder)
 
 
@@ -58,39 +57,43 @@ class Trained:
 
 
 def read(
-    path: Path, args: argparse.Namespace, lora: ModuleType, loaded: dict[str, tuple]
+    path: Path,
+    args: argparse.Namespace,
+    method: ModuleType,
+    lora: ModuleType,
+    loaded: dict[str, tuple],
 ) -> Trained:
     """Load a file and its model; loaded: base models so far, which LoRA's files share.
 
     Raises UserError where the file is none of these, or of another model.
     """
     tensors, there = read_tensors(path)
-    if there.get("made_by") != "baselines.coconut" or "weights" not in there:
+    markers = method.markers(there.get("method", ""), torch.zeros(2, 1)).keys()
+    if there.get("made_by") != "baselines.coconut" or not markers <= tensors.keys():
         made = "`python -m baselines.coconut train` makes for use"
         raise UserError(f"{path} is not what {made}: give coconut.safetensors or last.safetensors")
-    name, method = args.model or there["model"], there["method"]
+    name, is_lora = args.model or there["model"], there["weights"] == "lora"
     if not args.model and (cli.ROOT / name).is_dir():
         name = str(cli.ROOT / name)
-    own = {key: x for key, x in tensors.items() if key in MARKERS[method]}
-    if there["weights"] == "lora":
+    if is_lora:
         if name not in loaded:
             loaded[name] = fast.load(name, args.device, args.dtype)
         model, tokenizer = loaded[name]
         check_made_for(path, there, identity(there["prompt_version"], name, model))
-        own = tensors
     else:
         model, tokenizer = bare(name, args.device, False)
         parameters = dict(model.named_parameters())
-        expected = {key: x.shape for key, x in parameters.items()}
-        if {key: x.shape for key, x in tensors.items() if key not in own} != expected:
+        weights = {key: x for key, x in tensors.items() if key not in markers}
+        if {k: x.shape for k, x in weights.items()} != {k: x.shape for k, x in parameters.items()}:
             made_for = f"{there['model']} (width {there['d']})"
             raise UserError(f"{path} holds the weights of {made_for}, not of {name}: pass that")
-        for key, parameter in parameters.items():
-            parameter.data.copy_(tensors[key])
+        for key, x in weights.items():
+            parameters[key].data.copy_(x)
         model.requires_grad_(False)
-    own = {key: x.to(model.device) for key, x in own.items()}
-    n, is_lora = int(there["thoughts"]), there["weights"] == "lora"
-    return Trained(method, n, own, is_lora, model, tokenizer, name, digest(path))
+        tensors = {key: tensors[key] for key in markers}
+    tensors = {key: x.to(model.device) for key, x in tensors.items()}
+    n = int(there["thoughts"])
+    return Trained(there["method"], n, tensors, is_lora, model, tokenizer, name, digest(path))
 
 
 # -------------------------------------------------------------------------------------------- eval
@@ -101,7 +104,7 @@ def score(
 ) -> None:
     """A task: every file on the same problems, graded, recorded, compared; the same of one kind."""
     loaded: dict[str, tuple] = {}
-    files = [read(Path(path), args, lora, loaded) for path in args.trained.split(",")]
+    files = [read(Path(path), args, method, lora, loaded) for path in args.trained.split(",")]
     name = "data" if args.data and not args.task else args.task or "graph"
     problems, task = tasks.load(name, args.data, args.limit), tasks.TASKS[name]
     batch_size = min(args.batch_size, len(problems))
@@ -197,7 +200,7 @@ def probe(
     args: argparse.Namespace, method: ModuleType, lora: ModuleType, softcot: ModuleType
 ) -> None:
     """What the thoughts are read as, step by step, for problems of each length."""
-    it = read(Path(args.trained), args, lora, {})
+    it = read(Path(args.trained), args, method, lora, {})
     if it.method != "coconut" or not it.n:
         raise UserError(f"{args.trained} is of {it.method} with {it.n} thoughts: give Coconut's")
     name = "data" if args.data and not args.task else args.task or "graph"

@@ -37,7 +37,7 @@ def trains(folder, *more, data=GRAPH / "test.jsonl", model=GRAPH, epochs=4):
     """A few problems; one stage after another; each step changes something."""
     common = ["--folder", folder, "--model", model, "--device", "cpu", "--data", data]
     common += ["--task", "data", "--limit", 18, "--stages", 2, "--stage-epochs", 1]
-    common += ["--epochs", epochs, "--batch-size", 4, "--dev", 6, "--dev-limit", 2, "--lr", 0.01]
+    common += ["--epochs", epochs, "--batch-size", 4, "--dev", 6, "--dev-limit", 1, "--lr", 0.01]
     return main("train", *common, *more)
 
 
@@ -162,7 +162,7 @@ def test_lora_trains_beside_the_model_and_is_merged_for_answers(
     assert {"bot", "eot"} < trained.keys() and all("lora" in x for x in trained if "." in x)
     assert any(x.any() for name, x in trained.items() if name.endswith("lora_B.weight"))
     args = SimpleNamespace(model=None, device="cpu", dtype="float32")
-    it = coconut_eval.read(path, args, lora, {})
+    it = coconut_eval.read(path, args, coconut, lora, {})
     question = it.tokenizer.encode("Why?")
     with torch.no_grad():
         with lora.hooks(it.model, it.tensors, 2.0, 0.1):
@@ -250,17 +250,18 @@ def test_problems_without_steps_are_refused(tmp_path, capsys):
 
 
 def test_files_of_another_model_or_without_thoughts_are_refused(tmp_path, problems_file, capsys):
-    cot = "--from-nothing", "--method", "cot"
-    assert trains(tmp_path / "a", *cot, data=problems_file, epochs=1) == 0
+    pause = "--from-nothing", "--method", "pause"
+    assert trains(tmp_path / "a", *pause, data=problems_file, epochs=1) == 0
     path = tmp_path / "a" / "coconut.safetensors"
     capsys.readouterr()
     assert main("probe", "--trained", path) == 2
-    assert "is of cot with 0 thoughts" in capsys.readouterr().err
+    assert "is of pause with 2 thoughts" in capsys.readouterr().err
     assert main("eval", "--trained", path, "--model", ROOT / "tiny" / "assistant") == 2
     assert "holds the weights of tiny/graph" in capsys.readouterr().err
     save_file({"x": torch.zeros(1)}, path)
-    assert main("eval", "--trained", path) == 2
-    assert "is not what" in capsys.readouterr().err
+    for other in (path, tmp_path / "a" / "state.safetensors"):
+        assert main("eval", "--trained", other) == 2
+        assert "is not what" in capsys.readouterr().err
 
 
 def test_a_folder_with_another_training_is_refused(tmp_path, problems_file, capsys):
