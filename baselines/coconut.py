@@ -122,9 +122,8 @@ def thoughts_one(model: Transformer, x: Tensor, n: int, cache: Past) -> tuple[li
     """
     thoughts = []
     for _ in range(n):
-        hidden = model(x[None], cache)[0]  # [T, d], then [1, d], after the final norm
-        thoughts.append(hidden[-1])
-        x = hidden[-1:]
+        x = model(x[None], cache)[0, -1:]  # [1, d], after the final norm
+        thoughts.append(x[0])
     return thoughts, x
 
 
@@ -151,7 +150,10 @@ def negative_log_likelihood(
     n: int,
     labels: list[list[int]],
 ) -> Tensor:
-    """The sum over all labels of all rows; scalar. Thoughts stand abreast: padding is left."""
+    """-sum_i log p(y_i | question, thoughts, y_<i) over all labels of all rows; scalar.
+
+    What stands before the thoughts is padded on the left, so that they stand abreast.
+    """
     before, (n, *_), (after, *_) = zip(*(framed(model, trained, q, n) for q in questions))
     longest = max(map(len, before))
     cache = Past(torch.tensor([longest - len(x) for x in before], device=model.device))
@@ -161,8 +163,8 @@ def negative_log_likelihood(
     y = [torch.tensor(row, device=model.device) for row in labels]
     y = nn.utils.rnn.pad_sequence(y, batch_first=True, padding_value=-1)  # [B, L]
     said = model.embed(y[:, :-1].clamp(min=0))
-    hidden = model(torch.cat([x, after.expand(len(y), -1, -1), said], 1), cache)
-    hidden, real = hidden[:, -y.shape[1] :], y >= 0
+    x = torch.cat([x, after.expand(len(y), -1, -1), said], 1)
+    hidden, real = model(x, cache)[:, -y.shape[1] :], y >= 0
     return F.cross_entropy(model.logits(hidden[real]), y[real], reduction="sum")
 
 
@@ -173,7 +175,6 @@ def train(
     s: Training = Training(),
     step: int = 0,
     optimizer: torch.optim.Optimizer | None = None,
-    order: Callable[[list[int], int, Training], list[list[int]]] = softcot.shuffled,
 ) -> Iterator[tuple[int, float, float, list[int]]]:
     """As softcot.train, in stages: the optimizer forgets its moments where one begins.
 
@@ -182,10 +183,10 @@ def train(
     optimizer = optimizer or torch.optim.AdamW(trained.values(), weight_decay=0.0)
     optimizer.param_groups[0]["lr"] = s.lr
     lengths, steps = [len(example.ids) for example in examples], []
-    per_epoch = len(order(lengths, 0, s))
+    per_epoch = len(softcot.shuffled(lengths, 0, s))
     for done in range(step, s.epochs * per_epoch):
         epoch, place = divmod(done, per_epoch)
-        steps = order(lengths, epoch, s) if not steps or place == 0 else steps
+        steps = softcot.shuffled(lengths, epoch, s) if not steps or place == 0 else steps
         n, k = stage(s, epoch)
         if place == 0 and (n, k) != stage(s, max(epoch - 1, 0)):
             optimizer.state.clear()
@@ -232,9 +233,8 @@ def answer(
     rows: int = 16,
 ) -> Iterator[tuple[int, list[int], list[int], float]]:
     """Answer in at most so many tokens: (index, tokens, names of the thoughts, seconds)."""
-    method, silent = softcot.Sampler(model), 0  # silent: steps before the first token that is said
-    if "eot" in trained:
-        method, silent = Coconut(model, n, trained["eot"]), n + 1
+    silent = n + 1 if "eot" in trained else 0  # steps before the first token that is said
+    method = Coconut(model, n, trained["eot"]) if silent else softcot.Sampler(model)
     prompts = (Prompt(framed(model, trained, question, n)[0]) for question in questions)
     requests = (Request(prompt, data=i) for i, prompt in enumerate(prompts))
     rows = model.plan(rows, max(map(len, questions), default=0) + n + 1, silent + most)

@@ -95,7 +95,7 @@ class Staged(Trainer):
         return self.method.negative_log_likelihood(self.model, self.trained, questions, n, labels)
 
     def steps(self, checkpointing: bool) -> Iterator[tuple[int, float, float, list[int]]]:
-        """The method's own, in its own order: by length, problems of as many steps would meet."""
+        """The method's training, from where this one stands."""
         yield from self.method.train(
             self.trained, self.loss, self.train, self.s, self.step, self.optimizer
         )
