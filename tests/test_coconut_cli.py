@@ -60,22 +60,20 @@ def reached(edges, name):
     return found
 
 
-def test_one_of_the_offered_names_can_be_reached_and_the_steps_lead_there():
+def test_one_of_the_offered_names_can_be_reached_and_nothing_else_tells_them_apart():
     for p in graph.make("any", 300, set()):
-        wrong = next(name for name in p.offered if name != p.path[-1])
-        there = reached(p.edges, p.path[0])
-        assert p.path[-1] in there and wrong not in there
+        right, hops = p.path[-1], len(p.path) - 1
+        (wrong,) = set(p.offered) - {right}
+        assert right in reached(p.edges, p.path[0]) and wrong not in reached(p.edges, p.path[0])
         assert all(step in p.edges for step in zip(p.path, p.path[1:]))
-        # The wrong name looks like the right one: both are as far from a name nothing leads to.
-        roots = {a for a, _ in p.edges} - {b for _, b in p.edges}
-        assert roots >= {p.path[0]} and len(roots) == 2
-        other = distances(
-            p.row["question"]
-            .replace(f"Is every {p.path[0]}", "Is every {}")
-            .format(*(roots - {p.path[0]}))
-        )
-        assert other[wrong] == distances(p.row["question"])[p.path[-1]] == len(p.path) - 1
-        assert len(set(p.edges)) == len(p.edges) and p.row["choices"] == p.offered
+        # One edge leaves each name but the two that are offered, to each of which as many lead.
+        names = {name for edge in p.edges for name in edge}
+        assert sorted(a for a, _ in p.edges) == sorted(names - {right, wrong})
+        to = [{name for name in names if end in reached(p.edges, name)} for end in (right, wrong)]
+        assert [len(those) for those in to] == [hops + 1 + graph.OTHERS] * 2
+        away = distances(p.row["question"])
+        assert away[right] == hops and away[wrong] is None
+        assert p.row["choices"] == p.offered and p.row["answer"] == right
 
 
 def test_the_bundled_files_are_what_the_script_makes(tmp_path, monkeypatch):

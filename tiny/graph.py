@@ -24,7 +24,7 @@ HERE = Path(__file__).resolve().parent
 NAMES = "dax wug blick toma fep zorp mib kiv lup gazzer nold pim rix sav tulver vam yem bock"
 NAMES = [*NAMES.split(), "cheem", "drell"]
 HOPS = (1, 2, 3)  # edges from the question's name to the answer
-BRANCHES = 1  # further names in each half of a graph
+OTHERS = 1  # names off the path in each half of a graph
 
 
 @dataclass(frozen=True)
@@ -51,24 +51,22 @@ class Problem:
 
 
 def half(rng: random.Random, names: list[str], hops: int) -> tuple[list[tuple[str, str]], list]:
-    """Draw (edges, path): a path, branches, and (where there is room) one edge between branches.
+    """Draw (edges, path): a path, and names off it that lead to it, or to one another, as well.
 
-    Every edge leads one level down and one alone to the path's end: there is one way to it.
+    One edge leaves each name but the last: who follows edges need not look ahead.
     """
     path, levels = names[: hops + 1], [[name] for name in names[: hops + 1]]
     edges = list(pairwise(path))
     for name in names[hops + 1 :]:
         level = rng.randrange(hops)
-        edges.append((rng.choice(levels[level]), name))
-        levels[level + 1].append(name)
-    down = [(a, b) for i in range(hops) for a in levels[i] for b in levels[i + 1][1:]]
-    free = [edge for edge in down if edge not in edges]
-    return edges + rng.sample(free, min(1, len(free))), path
+        edges.append((name, rng.choice(levels[level + 1])))
+        levels[level].append(name)
+    return edges, path
 
 
 def problem(rng: random.Random, hops: int) -> Problem:
     """Two halves drawn alike, one with the question's name and the answer, one with the other."""
-    size = hops + 1 + BRANCHES
+    size = hops + 1 + OTHERS
     names = rng.sample(NAMES, 2 * size)
     (edges, path), (others, astray) = half(rng, names[:size], hops), half(rng, names[size:], hops)
     edges = rng.sample(edges + others, len(edges + others))
@@ -132,7 +130,7 @@ def write_problems(path: Path, problems: list[Problem]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--train", type=int, default=12000, help="problems (default: 12000)")
+    parser.add_argument("--train", type=int, default=40000, help="problems (default: 40000)")
     parser.add_argument("--out", type=Path, default=HERE / "graph", help="where the files go")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
