@@ -140,7 +140,7 @@ def loss_one(
     return -sum(log_p[i, y] for i, y in enumerate(labels)) / len(labels)
 
 
-# ------------------------------------------------------------------------------ the same for a batch
+# ----------------------------------------------------------------------------- the same for a batch
 
 
 def negative_log_likelihood(

@@ -15,7 +15,7 @@ from softcot_pair import assert_same, data, lengthen, outcome, pair
 
 import softcot
 from baselines import coconut, lora
-from lab import coconut_cli, coconut_eval, tasks
+from lab import coconut_cli, coconut_eval, sources, tasks
 from lab.coconut_eval import distances, group
 from model import Tokenizer
 
@@ -87,11 +87,11 @@ def test_the_bundled_files_are_what_the_script_makes(tmp_path, monkeypatch):
     assert sum(path.stat().st_size for path in GRAPH.iterdir() if path.name != "train.jsonl") < 2e5
 
 
-def test_the_tokenizer_gives_a_fact_two_tokens_and_its_text_back():
+def test_the_tokenizer_gives_a_fact_four_tokens_and_its_text_back():
     tokenizer, p = Tokenizer(GRAPH), tasks.load("graph", limit=3)[2]
     text = "\n".join([*p.steps, f"The answer is {p.choices[p.answer]}."])
     facts = p.question.count("Every")
-    for said, tokens in ((p.question, 2 * facts + 7), (text, 2 * len(p.steps) + 3)):
+    for said, tokens in ((p.question, 4 * facts + 7), (text, 4 * len(p.steps) + 3)):
         ids = tokenizer.encode(said)
         assert len(ids) == tokens and tokenizer.decode(ids) == said
         assert max(ids) < json.loads((GRAPH / "config.json").read_text())["vocab_size"]
@@ -152,7 +152,7 @@ def test_lora_trains_beside_the_model_and_is_merged_for_answers(
 ):
     folder, _ = pair()
     before = load_file(Path(folder) / "model.safetensors")
-    small = "--limit", 8, "--dev", 3, "--dtype", "float32"
+    small = "--limit", 8, "--dev", 3, "--dev-limit", 0, "--dtype", "float32"
     assert trains(tmp_path / "a", "--lora", *small, data=data, model=folder) == 0
     assert load_file(Path(folder) / "model.safetensors").keys() == before.keys()
     path = tmp_path / "a" / "last.safetensors"
@@ -266,3 +266,9 @@ def test_a_folder_with_another_training_is_refused(tmp_path, problems_file, caps
     assert trains(tmp_path / "a", "--from-nothing", data=problems_file, epochs=1) == 0
     assert trains(tmp_path / "a", "--from-nothing", "--c", 2, data=problems_file, epochs=1) == 2
     assert "c is 1 there and 2 here" in capsys.readouterr().err
+
+
+def test_without_the_problems_the_script_that_makes_them_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sources, "ROOT", tmp_path)
+    assert main("train", "--from-nothing", "--folder", tmp_path / "a") == 2
+    assert "train.jsonl is missing; make it with `python tiny/graph.py`" in capsys.readouterr().err

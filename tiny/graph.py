@@ -21,8 +21,8 @@ HERE = Path(__file__).resolve().parent
 
 # ----------------------------------------------------------------------------------------- problems
 
-NAMES = "dax wug blick toma fep zorp mib kiv lup gazzer nold pim rix sav tulver vam yem bock"
-NAMES = [*NAMES.split(), "cheem", "drell"]
+NAMES = ["dax", "wug", "blick", "toma", "fep", "zorp", "mib", "kiv", "lup", "gazzer", "nold", "pim"]
+NAMES += ["rix", "sav", "yem", "bock"]
 HOPS = (1, 2, 3)  # edges from the question's name to the answer
 OTHERS = 1  # names off the path in each half of a graph
 
@@ -84,14 +84,12 @@ def make(seed: str, count: int, taken: set) -> list[Problem]:
 
 # -------------------------------------------------------------------------------- a model's folder
 
-# A fact is two tokens, so that what takes long to learn is the graph and not the grammar.
-SUBJECTS = [f"{before}Every {name} is a" for before in ("", ". ", ".\n") for name in NAMES]
-PIECES = [*SUBJECTS, *(f" {name}" for name in NAMES), ". Is every", " a", " or a", "?"]
-PIECES += ["The answer is", ".\nThe answer is", "."]
+PIECES = [". Every", ".\nEvery", "Every", ". Is every", " is a", " or a", " a", "?", "."]
+PIECES += [".\nThe answer is", "The answer is", *(f" {name}" for name in NAMES)]
 SPECIAL = ["<|end|>", "[UNK]"]
 CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
     "vocab_size": len(SPECIAL) + len(PIECES),
     "hidden_size": 64,
     "num_hidden_layers": 2,
@@ -101,7 +99,7 @@ CONFIG = {
     "hidden_act": "silu",
     "max_position_embeddings": 128,
     "rms_norm_eps": 1e-6,
-    "rope_theta": 10000.0,
+    "rope_theta": 100.0,
     "tie_word_embeddings": True,
     "eos_token_id": 0,
 }
