@@ -49,14 +49,12 @@ def command_line(name: str, method: ModuleType) -> argparse.ArgumentParser:
         cli.add_flags(parser, "device dtype task data limit", task=task)
         cli.add_settings(parser, method.Training)
         return parser
-    made = "made by train; several, with commas, one row each"
-    add(
-        "--trained", metavar="FILE", required=True, help=made if name == "eval" else "made by train"
-    )
+    made = "made by train" + ("; several, with commas, one row each" if name == "eval" else "")
+    add("--trained", metavar="FILE", required=True, help=made)
     model = {"default": None, "help": whose.format("what the file was trained from")}
-    cli.add_flags(parser, "model device dtype task data limit json", model=model, task=task)
+    cli.add_flags(parser, "model device dtype task data limit", model=model, task=task)
     if name == "eval":
-        cli.add_flags(parser, "batch-size output")
+        cli.add_flags(parser, "batch-size output json")
         add("--max-new-tokens", type=int, default=256, help="of each answer (default: 256)")
     return parser
 
@@ -65,6 +63,9 @@ def command(arguments: list[str], *modules: ModuleType) -> int:
     """What python -m baselines.coconut does; modules: coconut, lora, softcot. The exit code."""
     commands = {"train": train, "eval": score, "probe": probe}
     name = arguments[0] if arguments else ""
+    if name in ("-h", "--help"):
+        print(modules[0].__doc__)
+        return 0
     if name not in commands:
         return cli.fail(PROG, f"no command {name!r}: use train, eval or probe, each has --help")
     args = command_line(name, modules[0]).parse_args(arguments[1:])

@@ -25,12 +25,14 @@ RANK, ALPHA, DROPOUT = 16, 32.0, 0.1  # of LoRA, as in SoftCoT's table
 # ----------------------------------------------------------------------------------------- loading
 
 
-def bare(name: str, device: str | None, weights: bool = True) -> tuple[Transformer, Tokenizer]:
-    """A model in float32, its modules as they are, to be trained as a whole; or with drawn weights.
+def bare(
+    name: str, device: str | None, weights: bool, dtype: str | None = None
+) -> tuple[Transformer, Tokenizer]:
+    """A model with its modules as they are (lab/fast.py changes them), by default in float32.
 
-    Raises UserError for whatever the user can fix.
+    weights: its own; else they are drawn. Raises UserError for whatever the user can fix.
     """
-    device, dtype = checkpoint.choose(device, "float32")
+    device, dtype = checkpoint.choose(device, dtype or "float32")
     folder = checkpoint.find_folder(name)
     config = checkpoint.check_config(folder)
     checkpoint.check_tokenizer(folder)
@@ -39,7 +41,7 @@ def bare(name: str, device: str | None, weights: bool = True) -> tuple[Transform
         return plain.load(str(folder), str(device), dtype)
     model = Transformer(config)
     nn.init.normal_(model.embed.weight, std=config.d**-0.5)  # so that first logits are near 1
-    return model.to(device), Tokenizer(folder)
+    return model.to(device, dtype), Tokenizer(folder)
 
 
 @dataclass(frozen=True)
@@ -68,10 +70,9 @@ def read(
     Raises UserError where the file is none of these, or of another model.
     """
     tensors, there = read_tensors(path)
-    markers = method.markers(there.get("method", ""), torch.zeros(2, 1)).keys()
-    if there.get("made_by") != "baselines.coconut" or not markers <= tensors.keys():
-        made = "`python -m baselines.coconut train` makes for use"
-        raise UserError(f"{path} is not what {made}: give coconut.safetensors or last.safetensors")
+    remedy = "give coconut.safetensors or last.safetensors"
+    if there.get("made_by") != "baselines.coconut":
+        raise UserError(f"{path} was not made by `python -m baselines.coconut train`: {remedy}")
     name, is_lora = args.model or there["model"], there["weights"] == "lora"
     if not args.model and (cli.ROOT / name).is_dir():
         name = str(cli.ROOT / name)
@@ -80,15 +81,18 @@ def read(
             loaded[name] = fast.load(name, args.device, args.dtype)
         model, tokenizer = loaded[name]
         check_made_for(path, there, identity(there["prompt_version"], name, model))
+        weights = lora.start(model, RANK)
     else:
-        model, tokenizer = bare(name, args.device, False)
-        parameters = dict(model.named_parameters())
-        weights = {key: x for key, x in tensors.items() if key not in markers}
-        if {k: x.shape for k, x in weights.items()} != {k: x.shape for k, x in parameters.items()}:
-            made_for = f"{there['model']} (width {there['d']})"
-            raise UserError(f"{path} holds the weights of {made_for}, not of {name}: pass that")
+        model, tokenizer = bare(name, args.device, False, args.dtype)
+        weights = dict(model.named_parameters())
+    markers = method.markers(there["method"], model.embed.weight.detach())
+    expected = {key: x.shape for key, x in (weights | markers).items()}
+    if {key: x.shape for key, x in tensors.items()} != expected:
+        made_for = f"{there['model']} (width {there['d']})"
+        raise UserError(f"{path} is not of {name}: pass --model {made_for}, or {remedy}")
+    if not is_lora:
         for key, x in weights.items():
-            parameters[key].data.copy_(x)
+            x.data.copy_(tensors[key])
         model.requires_grad_(False)
         tensors = {key: tensors[key] for key in markers}
     tensors = {key: x.to(model.device) for key, x in tensors.items()}
