@@ -35,7 +35,8 @@ class Training:
     method: Literal["coconut", "pause", "no-cot", "cot"] = "coconut"
     c: int = 1  # continuous thoughts in place of a step (paper: 2 for GSM8K, 1 for ProsQA)
     stages: int = 3  # K: so many steps are replaced one by one, then all (paper: 3, 6 for ProsQA)
-    stage_epochs: int = 3  # epochs of each stage but the last (paper: 3, 5 for ProsQA)
+    first_epochs: int = 6  # epochs of stage 0, all in words (paper: 6, 5 for ProsQA)
+    stage_epochs: int = 3  # epochs of each later stage but the last (paper: 3, 5 for ProsQA)
     epochs: int = 20  # in all: the last stage has what the others leave
     lr: float = 1e-4  # learning rate, constant
     batch_size: int = 32  # problems in one pass through the model
@@ -45,7 +46,7 @@ class Training:
     seed: int = 0  # of the start, the order and LoRA's dropout
 
     def __post_init__(self):
-        ones = ["c", "stage_epochs", "epochs", "batch_size", "accumulate", "dev"]
+        ones = ["c", "first_epochs", "stage_epochs", "epochs", "batch_size", "accumulate", "dev"]
         check_ranges(self, "lr", **dict.fromkeys(ones, 1), stages=0, dev_limit=0, seed=0)
 
 
@@ -53,7 +54,7 @@ def stage(s: Training, epoch: int) -> tuple[int, int | None]:
     """(n, k): in this epoch (from 0 on) n thoughts stand for the first k steps, None: for all."""
     if s.method != "coconut":
         return {"pause": (s.c * s.stages, None), "no-cot": (0, None), "cot": (0, 0)}[s.method]
-    k = epoch // s.stage_epochs
+    k = max(0, 1 + (epoch - s.first_epochs) // s.stage_epochs)
     return (s.c * k, k) if k <= s.stages else (s.c * s.stages, None)
 
 
@@ -155,9 +156,8 @@ def negative_log_likelihood(
     What stands before the thoughts is padded on the left, so that they stand abreast.
     """
     before, (n, *_), (after, *_) = zip(*(framed(model, trained, q, n) for q in questions))
-    longest = max(map(len, before))
-    cache = Past(torch.tensor([longest - len(x) for x in before], device=model.device))
     x = nn.utils.rnn.pad_sequence(list(before), batch_first=True, padding_side="left")  # [B, T, d]
+    cache = Past(torch.tensor([x.shape[1] - len(row) for row in before], device=model.device))
     for _ in range(n):
         x = model(x, cache)[:, -1:]  # [B, 1, d]
     y = [torch.tensor(row, device=model.device) for row in labels]
@@ -239,8 +239,8 @@ def answer(
     requests = (Request(prompt, data=i) for i, prompt in enumerate(prompts))
     rows = model.plan(rows, max(map(len, questions), default=0) + n + 1, silent + most)
     for output in decode(model, requests, method, rows, silent + most):
-        ids = output.ids
-        yield output.request.data, ids[silent:], ids[: max(0, silent - 1)], output.seconds
+        ids, names = output.ids[silent:], output.ids[: max(0, silent - 1)]
+        yield output.request.data, ids, names, output.seconds
 
 
 if __name__ == "__main__":

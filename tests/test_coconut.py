@@ -118,10 +118,10 @@ def test_a_thought_is_the_hidden_state_after_the_final_norm(model_of):
 
 
 def test_the_curriculum_is_the_paper_s():
-    gsm8k = Training(c=2, stages=3, stage_epochs=3, epochs=18)
-    stages = [stage(gsm8k, epoch) for epoch in range(18)]
-    assert stages[:12] == [(0, 0)] * 3 + [(2, 1)] * 3 + [(4, 2)] * 3 + [(6, 3)] * 3
-    assert stages[12:] == [(6, None)] * 6  # as many thoughts, no language
+    gsm8k = Training(c=2, stages=3, first_epochs=6, stage_epochs=3, epochs=21)
+    stages = [stage(gsm8k, epoch) for epoch in range(21)]
+    assert stages[:15] == [(0, 0)] * 6 + [(2, 1)] * 3 + [(4, 2)] * 3 + [(6, 3)] * 3
+    assert stages[15:] == [(6, None)] * 6  # as many thoughts, no language
     others = {"cot": (0, 0), "no-cot": (0, None), "pause": (6, None)}
     for method, expected in others.items():
         s = Training(method=method, c=2, stages=3)
@@ -135,7 +135,7 @@ def test_steps_are_left_out_from_the_first_on_and_of_short_problems_all():
 
 
 def test_each_stage_begins_with_a_new_optimizer():
-    s = Training(stages=1, stage_epochs=2, epochs=5, batch_size=1, lr=0.1, dev=1)
+    s = Training(stages=1, first_epochs=2, stage_epochs=2, epochs=5, batch_size=1, lr=0.1, dev=1)
     examples = [Example([1], [[2, 3], [3]])] * 3
     seen = []
 

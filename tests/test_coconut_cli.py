@@ -36,7 +36,8 @@ def main(*arguments):
 def trains(folder, *more, data=GRAPH / "test.jsonl", model=GRAPH, epochs=4):
     """A few problems; one stage after another; each step changes something."""
     common = ["--folder", folder, "--model", model, "--device", "cpu", "--data", data]
-    common += ["--task", "data", "--limit", 18, "--stages", 2, "--stage-epochs", 1]
+    common += ["--task", "data", "--limit", 18, "--stages", 2, "--first-epochs", 1]
+    common += ["--stage-epochs", 1]
     common += ["--epochs", epochs, "--batch-size", 4, "--dev", 6, "--dev-limit", 1, "--lr", 0.01]
     return main("train", *common, *more)
 
@@ -66,11 +67,11 @@ def test_one_of_the_offered_names_can_be_reached_and_nothing_else_tells_them_apa
         (wrong,) = set(p.offered) - {right}
         assert right in reached(p.edges, p.path[0]) and wrong not in reached(p.edges, p.path[0])
         assert all(step in p.edges for step in zip(p.path, p.path[1:]))
-        # One edge leaves each name but the two that are offered, to each of which as many lead.
+        # One edge leaves each name but the two that are offered, to which as many names lead.
         names = {name for edge in p.edges for name in edge}
         assert sorted(a for a, _ in p.edges) == sorted(names - {right, wrong})
         to = [{name for name in names if end in reached(p.edges, name)} for end in (right, wrong)]
-        assert [len(those) for those in to] == [hops + 1 + graph.OTHERS] * 2
+        assert [len(those) for those in to] == [hops + 1] * 2
         away = distances(p.row["question"])
         assert away[right] == hops and away[wrong] is None
         assert p.row["choices"] == p.offered and p.row["answer"] == right
@@ -195,13 +196,13 @@ def test_probe_prints_the_mass_of_all_tokens(tmp_path, problems_file, capsys):
     path = tmp_path / "a" / "coconut.safetensors"
     assert main("probe", "--trained", path, "--limit", 6) == 0
     lines = capsys.readouterr().out.splitlines()[2:]
-    assert len(lines) == 3 * 2  # hops, thoughts
+    assert len(lines) == 2 * 2  # hops, thoughts
     for line in lines:
         hops, _, *cells = line.split()
         mass = [float(x) for x in cells[:-1] if not x.startswith("(")]
         assert len(mass) == 5 and sum(mass) == pytest.approx(1, abs=3e-3)
         names = [float(x[1:-1]) for x in cells if x.startswith("(")]
-        assert sum(names) == 2 * (int(hops) + 2)  # all names of the graph
+        assert sum(names) == 2 * (int(hops) + 1)  # all names of the graph
 
 
 # ------------------------------------------------------------------------------------- bad input

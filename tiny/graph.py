@@ -23,8 +23,7 @@ HERE = Path(__file__).resolve().parent
 
 NAMES = ["dax", "wug", "blick", "toma", "fep", "zorp", "mib", "kiv", "lup", "gazzer", "nold", "pim"]
 NAMES += ["rix", "sav", "yem", "bock"]
-HOPS = (1, 2, 3)  # edges from the question's name to the answer
-OTHERS = 1  # names off the path in each half of a graph
+HOPS = (1, 2)  # edges from the question's name to the answer
 
 
 @dataclass(frozen=True)
@@ -50,27 +49,12 @@ class Problem:
         }
 
 
-def half(rng: random.Random, names: list[str], hops: int) -> tuple[list[tuple[str, str]], list]:
-    """Draw (edges, path): a path, and names off it that lead to it, or to one another, as well.
-
-    One edge leaves each name but the last: who follows edges need not look ahead.
-    """
-    path, levels = names[: hops + 1], [[name] for name in names[: hops + 1]]
-    edges = list(pairwise(path))
-    for name in names[hops + 1 :]:
-        level = rng.randrange(hops)
-        edges.append((name, rng.choice(levels[level + 1])))
-        levels[level].append(name)
-    return edges, path
-
-
 def problem(rng: random.Random, hops: int) -> Problem:
-    """Two halves drawn alike, one with the question's name and the answer, one with the other."""
-    size = hops + 1 + OTHERS
-    names = rng.sample(NAMES, 2 * size)
-    (edges, path), (others, astray) = half(rng, names[:size], hops), half(rng, names[size:], hops)
-    edges = rng.sample(edges + others, len(edges + others))
-    return Problem(edges, path, rng.sample([path[-1], astray[-1]], 2))
+    """Two paths of one length, the facts of both in any order: one edge leaves each name."""
+    names = rng.sample(NAMES, 2 * (hops + 1))
+    path, astray = names[: hops + 1], names[hops + 1 :]
+    edges = [*pairwise(path), *pairwise(astray)]
+    return Problem(rng.sample(edges, len(edges)), path, rng.sample([path[-1], astray[-1]], 2))
 
 
 def make(seed: str, count: int, taken: set) -> list[Problem]:
@@ -92,9 +76,10 @@ CONFIG = {
     "model_type": "qwen2",
     "vocab_size": len(SPECIAL) + len(PIECES),
     "hidden_size": 64,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
+    "head_dim": 32,
     "intermediate_size": 192,
     "hidden_act": "silu",
     "max_position_embeddings": 128,
@@ -128,7 +113,7 @@ def write_problems(path: Path, problems: list[Problem]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--train", type=int, default=40000, help="problems (default: 40000)")
+    parser.add_argument("--train", type=int, default=20200, help="problems (default: 20200)")
     parser.add_argument("--out", type=Path, default=HERE / "graph", help="where the files go")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
