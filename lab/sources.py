@@ -51,6 +51,7 @@ HUMANEVAL = "openai/human-eval", "6d43fb980f9fee3c892a914eda09951f772ad10d"
 AQUA = "google-deepmind/AQuA", "26b64ed1f22208c6742f47df547dfd65088ec30d"
 ZERO_SHOT_COT = "kojima-takeshi188/zero_shot_cot", "5ef330fcdeec0cd26aee27943504f91f8ec1c33c"
 ASDIV_AUG = "datasets/xuyige/ASDiv-Aug", "main"  # a branch: what it holds may change
+MADE = {"tiny/graph/train.jsonl": "make it with `python tiny/graph.py`"}  # not in the repository
 
 SOURCES = {  # name in the cache folder -> repository and commit, path, bytes, SHA-256
     "gsm8k_test.jsonl": Source(
@@ -164,7 +165,8 @@ def fetch(name: str) -> Path:
     if name not in SOURCES:
         path = ROOT / name
         if not path.exists():
-            raise UserError(f"{path} is missing; it comes with the repository: git checkout {name}")
+            remedy = MADE.get(name, f"it comes with the repository: git checkout {name}")
+            raise UserError(f"{path} is missing; {remedy}")
         return path
     source, path = SOURCES[name], cache_folder() / name
     if not path.exists():

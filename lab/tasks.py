@@ -67,6 +67,8 @@ ALL = (
     Task("humaneval", "code", "humaneval.jsonl.gz", gzipped_lines, humaneval_row),
     Task("mbpp", "code", "mbpp.json", json_document, mbpp_row),
     Task("livecodebench", "code", "", parse=livecodebench_row),  # graded by its own evaluator
+    Task("graph", "choice", "tiny/graph/test.jsonl", instruct=False),
+    Task("graph-train", "choice", "tiny/graph/train.jsonl", instruct=False),
     Task("data", None, ""),  # the user's own --data FILE without a task
 )
 TASKS = {task.name: task for task in ALL}

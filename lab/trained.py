@@ -29,6 +29,7 @@ BEST = {
     "cot-unk": "prompt.safetensors",
     "lora": "adapter_model.safetensors",
 }
+BEST |= dict.fromkeys(("coconut", "pause", "no-cot", "cot"), "coconut.safetensors")
 TENSORS = {"softcot": {"weight", "bias"}, "cot-unk": {"prompt"}}
 
 # ------------------------------------------------------------------------------------------ files

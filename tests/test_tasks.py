@@ -351,7 +351,7 @@ def test_each_choice_of_gpqa_stands_once_in_its_prompt(cache):
 def test_what_is_trained_on_is_never_a_test(cache, tmp_path, monkeypatch):
     for name in TRAINING:
         assert training(name) == name
-    short = "gsm8k", "aqua", "asdiv-aug", "tiny", "facts"
+    short = "gsm8k", "aqua", "asdiv-aug", "tiny", "facts", "graph"
     assert [training(name) for name in short] == [f"{name}-train" for name in short]
     assert (
         training("data", tmp_path / "mine.jsonl") == "data" and training("nonsense") == "nonsense"

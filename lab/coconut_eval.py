@@ -1,0 +1,227 @@
+"""What was trained by baselines.coconut: loaded, scored side by side, and its thoughts read."""
+
+import argparse
+import re
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+
+import model as plain
+from lab import checkpoint, fast, flags, results, tasks
+from lab.files import write_json
+from lab.identity import identified
+from lab.results import Job
+from lab.tasks import Problem
+from lab.trained import check_made_for, digest, identity, read_tensors
+from model import Tokenizer, Transformer, UserError, check_prompt, split_thought
+
+RANK, ALPHA, DROPOUT = 16, 32.0, 0.1  # of LoRA, as in SoftCoT's table
+
+# ----------------------------------------------------------------------------------------- loading
+
+
+def bare(
+    name: str, device: str | None, weights: bool, dtype: str | None = None
+) -> tuple[Transformer, Tokenizer]:
+    """A model with its modules as they are (lab/fast.py changes them), by default in float32.
+
+    weights: its own; else they are drawn. Raises UserError for whatever the user can fix.
+    """
+    device, dtype = checkpoint.choose(device, dtype or "float32")
+    folder = checkpoint.find_folder(name)
+    config = checkpoint.check_config(folder)
+    checkpoint.check_tokenizer(folder)
+    if weights:
+        checkpoint.check_weights(folder, config)
+        return plain.load(str(folder), str(device), dtype)
+    model = Transformer(config)
+    nn.init.normal_(model.embed.weight, std=config.d**-0.5)  # so that first logits are near 1
+    return model.to(device, dtype), Tokenizer(folder)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What `train` saved for use: a model, and what is fed to it beside embeddings."""
+
+    method: str
+    n: int  # thoughts, or pause tokens
+    tensors: dict[str, Tensor]  # the markers, and LoRA's, if it is LoRA
+    lora: bool
+    model: Transformer
+    tokenizer: Tokenizer
+    name: str  # of the model
+    file: str  # digest
+
+
+def read(
+    path: Path,
+    args: argparse.Namespace,
+    method: ModuleType,
+    lora: ModuleType,
+    loaded: dict[str, tuple],
+) -> Trained:
+    """Load a file and its model; loaded: base models so far, which LoRA's files share.
+
+    Raises UserError where the file is none of these, or of another model.
+    """
+    tensors, there = read_tensors(path)
+    remedy = "give coconut.safetensors or last.safetensors"
+    if there.get("made_by") != "baselines.coconut":
+        raise UserError(f"{path} was not made by `python -m baselines.coconut train`: {remedy}")
+    name, is_lora = args.model or there["model"], there["weights"] == "lora"
+    if not args.model and (flags.ROOT / name).is_dir():
+        name = str(flags.ROOT / name)
+    if is_lora:
+        if name not in loaded:
+            loaded[name] = fast.load(name, args.device, args.dtype)
+        model, tokenizer = loaded[name]
+        check_made_for(path, there, identity(there["prompt_version"], name, model))
+        weights = lora.start(model, RANK)
+    else:
+        model, tokenizer = bare(name, args.device, False, args.dtype)
+        weights = dict(model.named_parameters())
+    markers = method.markers(there["method"], model.embed.weight.detach())
+    expected = {key: x.shape for key, x in (weights | markers).items()}
+    if {key: x.shape for key, x in tensors.items()} != expected:
+        made_for = f"{there['model']} (width {there['d']})"
+        raise UserError(f"{path} is not of {name}: pass --model {made_for}, or {remedy}")
+    if not is_lora:
+        for key, x in weights.items():
+            x.data.copy_(tensors[key])
+        model.requires_grad_(False)
+        tensors = {key: tensors[key] for key in markers}
+    tensors = {key: x.to(model.device) for key, x in tensors.items()}
+    n = int(there["thoughts"])
+    return Trained(there["method"], n, tensors, is_lora, model, tokenizer, name, digest(path))
+
+
+# -------------------------------------------------------------------------------------------- eval
+
+
+def score(
+    args: argparse.Namespace, method: ModuleType, lora: ModuleType, softcot: ModuleType
+) -> None:
+    """A task: every file on the same problems, graded, recorded, compared; the same of one kind."""
+    loaded: dict[str, tuple] = {}
+    files = [read(Path(path), args, method, lora, loaded) for path in args.trained.split(",")]
+    name = "data" if args.data and not args.task else args.task or "graph"
+    problems, task = tasks.load(name, args.data, args.limit), tasks.TASKS[name]
+
+    def solver(it: Trained) -> Callable:
+        def solve(jobs: list[Job]) -> Iterator[tuple[Problem, int, dict]]:
+            decode, eos = it.tokenizer.decode, it.model.config.eos_ids
+            prompts = [it.tokenizer.open(tasks.prompt(p, task)) for p, _ in jobs]
+            questions = [it.tokenizer.encode(prompt) for prompt in prompts]
+            for (p, _), ids in zip(jobs, questions):
+                check_prompt(it.model.config, [*ids, *[0] * (it.n + 2)], p.question)
+            most = args.max_new_tokens
+            scale = ALPHA / RANK
+            with lora.merged(it.model, it.tensors, scale) if it.lora else nullcontext():
+                for i, said, names, seconds in method.answer(
+                    it.model, it.tensors, questions, it.n, most, args.batch_size
+                ):
+                    thought, text = split_thought(decode([t for t in said if t not in eos]))
+                    record = {"prompt": prompts[i], "thought_text": thought, "answer_text": text}
+                    record |= {"thoughts": [decode([t]) for t in names], "thought_tokens": it.n}
+                    yield *jobs[i], record | {"answer_tokens": len(said), "seconds": seconds}
+
+        return solve
+
+    solvers, same = {}, {}
+    for it in files:
+        same.setdefault(it.method, []).append(it)
+        count = len([other for other in files if other.method == it.method])
+        row = it.method + (f" #{len(same[it.method])}" if count > 1 else "")
+        own = {"model": it.name, "trained": it.file, "thoughts": it.n}
+        own |= {"device": it.model.device.type, "dtype": str(it.model.embed.weight.dtype)[6:]}
+        own |= {"max_new_tokens": args.max_new_tokens, "batch_size": args.batch_size}
+        solvers[row] = own | (identified(it.name) if it.lora else {}), solver(it)
+    result, _ = results.run(problems, task, solvers, 1, args.output, args.json)
+    if all(len(trainings) == 1 for trainings in same.values()):
+        return
+    print("\naccuracy, mean ± standard deviation over the trainings")
+    result["trainings"] = {}
+    for kind, trainings in same.items():
+        rows = [row for row in result["methods"] if row["method"].split(" #")[0] == kind]
+        each = [row["accuracy"] for row in rows]
+        spread = stdev(each) if len(each) > 1 else 0.0
+        result["trainings"][kind] = {"accuracies": each, "mean": mean(each), "std": spread}
+        print(f"{kind:10} {mean(each):.1%} ± {100 * spread:.1f} ({len(trainings)})")
+    if args.json:
+        write_json(args.json, result)
+
+
+# ------------------------------------------------------------------------------------------- probe
+
+GROUPS = ("frontier", "passed", "ahead", "out of reach")  # of the graph's names
+
+
+def distances(question: str) -> dict[str, int | None]:
+    """Name -> edges from the question's name to it, None where it cannot be reached."""
+    edges = re.findall(r"Every (\w+) is a (\w+)\.", question)
+    asked = re.search(r"Is every (\w+) a ", question)
+    if not edges or not asked:
+        raise UserError("probe reads facts 'Every X is a Y.' and 'Is every X a': use --task graph")
+    found: dict[str, int | None] = {name: None for edge in edges for name in edge}
+    found[asked[1]], queue = 0, [asked[1]]
+    for name in queue:  # which grows
+        for a, b in edges:
+            if a == name and found[b] is None:
+                found[b] = found[a] + 1
+                queue.append(b)
+    return found
+
+
+def group(distance: int | None, t: int) -> str:
+    """Where a name lies for the t-th thought (from 1 on): the frontier is t edges away."""
+    if distance is None:
+        return "out of reach"
+    return "frontier" if distance == t else "passed" if distance < t else "ahead"
+
+
+def read_thoughts(it: Trained, method: ModuleType, question: str) -> list[dict[str, list[float]]]:
+    """Thought by thought: group -> probability, by the output matrix, of each of its names."""
+    encode = it.tokenizer.encode
+    before, n, _ = method.framed(it.model, it.tensors, encode(it.tokenizer.open(question)), it.n)
+    cache = method.Past(torch.zeros(1, dtype=torch.long, device=it.model.device))
+    thoughts, _ = method.thoughts_one(it.model, before, n, cache)
+    read = []
+    for t, thought in enumerate(thoughts, 1):
+        p, found = it.model.logits(thought).softmax(-1), {name: [] for name in GROUPS}
+        for name, distance in distances(question).items():
+            found[group(distance, t)].append(p[encode(f" {name}")[0]].item())
+        read.append(found)
+    return read
+
+
+@torch.no_grad()
+def probe(
+    args: argparse.Namespace, method: ModuleType, lora: ModuleType, softcot: ModuleType
+) -> None:
+    """What the thoughts are read as, step by step, for problems of each length."""
+    it = read(Path(args.trained), args, method, lora, {})
+    if it.method != "coconut" or not it.n:
+        raise UserError(f"{args.trained} is of {it.method} with {it.n} thoughts: give Coconut's")
+    name = "data" if args.data and not args.task else args.task or "graph"
+    problems, task = tasks.load(name, args.data, args.limit), tasks.TASKS[name]
+    with lora.merged(it.model, it.tensors, ALPHA / RANK) if it.lora else nullcontext():
+        read_all = [(p, read_thoughts(it, method, tasks.prompt(p, task))) for p in problems]
+    lines = [["hops", "thought", *GROUPS, "other tokens", "likeliest name in the frontier"]]
+    for hops in sorted({len(p.steps or []) for p in problems}):
+        for t in range(it.n):
+            those = [thoughts[t] for p, thoughts in read_all if len(p.steps or []) == hops]
+            mass = [mean(sum(found[name]) for found in those) for name in GROUPS]
+            names = [mean(len(found[name]) for found in those) for name in GROUPS]
+            best = [max(GROUPS, key=lambda name: max(found[name], default=0.0)) for found in those]
+            cells = [f"{m:.3f} ({n:.1f})" for m, n in zip(mass, names)]
+            hit = best.count("frontier") / len(those)
+            lines.append([str(hops), str(t + 1), *cells, f"{1 - sum(mass):.3f}", f"{hit:.0%}"])
+    print("probability mass of the names by where they lie (how many there are), by problem length")
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    print("\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines))

@@ -1,0 +1,275 @@
+"""lab/coconut_cli.py, lab/coconut_eval.py and tiny/graph.py: commands, files, the graph task."""
+
+import importlib.util
+import json
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file, save_file
+from softcot_pair import assert_same, data, lengthen, outcome, pair
+
+import softcot
+from baselines import coconut, lora
+from lab import coconut_cli, coconut_eval, sources, tasks
+from lab.coconut_eval import distances, group
+from model import Tokenizer
+
+__all__ = ["data", "pair"]  # fixtures
+pytestmark = pytest.mark.usefixtures("one_thread")
+GRAPH = ROOT / "tiny" / "graph"
+SPEC = importlib.util.spec_from_file_location("graph", ROOT / "tiny" / "graph.py")
+graph = importlib.util.module_from_spec(SPEC)
+sys.modules["graph"] = graph
+SPEC.loader.exec_module(graph)
+
+
+def main(*arguments):
+    """What `python -m baselines.coconut` does with these arguments; its exit code."""
+    return coconut_cli.command(list(map(str, arguments)), coconut, lora, softcot)
+
+
+def trains(folder, *more, data=GRAPH / "test.jsonl", model=GRAPH, epochs=4):
+    """A few problems; one stage after another; each step changes something."""
+    common = ["--folder", folder, "--model", model, "--device", "cpu", "--data", data]
+    common += ["--task", "data", "--limit", 18, "--stages", 2, "--first-epochs", 1]
+    common += ["--stage-epochs", 1]
+    common += ["--epochs", epochs, "--batch-size", 4, "--dev", 6, "--dev-limit", 1, "--lr", 0.01]
+    return main("train", *common, *more)
+
+
+@pytest.fixture(scope="module")
+def problems_file(tmp_path_factory):
+    """Problems of the graph task that are no test."""
+    path = tmp_path_factory.mktemp("graph") / "some.jsonl"
+    graph.write_problems(path, graph.make("some", 30, set()))
+    return path
+
+
+# ------------------------------------------------------------------------------------- graph task
+
+
+def reached(edges, name):
+    """Names that edges lead to from a name, by following them as often as there are any."""
+    found = {name}
+    for _ in edges:
+        found |= {b for a, b in edges if a in found}
+    return found
+
+
+def test_one_of_the_offered_names_can_be_reached_and_nothing_else_tells_them_apart():
+    for p in graph.make("any", 300, set()):
+        right, hops = p.path[-1], len(p.path) - 1
+        (wrong,) = set(p.offered) - {right}
+        assert right in reached(p.edges, p.path[0]) and wrong not in reached(p.edges, p.path[0])
+        assert all(step in p.edges for step in zip(p.path, p.path[1:]))
+        # One edge leaves each name but the two that are offered, to which as many names lead.
+        names = {name for edge in p.edges for name in edge}
+        assert sorted(a for a, _ in p.edges) == sorted(names - {right, wrong})
+        to = [{name for name in names if end in reached(p.edges, name)} for end in (right, wrong)]
+        assert [len(those) for those in to] == [hops + 1] * 2
+        away = distances(p.row["question"])
+        assert away[right] == hops and away[wrong] is None
+        assert p.row["choices"] == p.offered and p.row["answer"] == right
+
+
+def test_the_bundled_files_are_what_the_script_makes(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["graph.py", "--out", str(tmp_path), "--train", "600"])
+    graph.main()
+    for path in tmp_path.iterdir():
+        if path.name != "train.jsonl":
+            assert path.read_bytes() == (GRAPH / path.name).read_bytes(), path.name
+    test, train = (tasks.load("data", tmp_path / f"{name}.jsonl") for name in ("test", "train"))
+    assert not {tuple(p.steps) for p in test} & {tuple(p.steps) for p in train}
+    assert sum(path.stat().st_size for path in GRAPH.iterdir() if path.name != "train.jsonl") < 2e5
+
+
+def test_the_tokenizer_gives_a_fact_four_tokens_and_its_text_back():
+    tokenizer, p = Tokenizer(GRAPH), tasks.load("graph", limit=3)[2]
+    text = "\n".join([*p.steps, f"The answer is {p.choices[p.answer]}."])
+    facts = p.question.count("Every")
+    for said, tokens in ((p.question, 4 * facts + 7), (text, 4 * len(p.steps) + 3)):
+        ids = tokenizer.encode(said)
+        assert len(ids) == tokens and tokenizer.decode(ids) == said
+        assert max(ids) < json.loads((GRAPH / "config.json").read_text())["vocab_size"]
+
+
+def test_distances_and_groups():
+    question = (
+        "Every a is a b. Every b is a c. Every x is a y. Every a is a c. Is every a a c or a y?"
+    )
+    away = distances(question)
+    assert away == {"a": 0, "b": 1, "c": 1, "x": None, "y": None}
+    assert [group(away[name], 1) for name in "abcxy"] == ["passed", *["frontier"] * 2] + [
+        "out of reach"
+    ] * 2
+    assert [group(2, t) for t in (1, 2, 3)] == ["ahead", "frontier", "passed"]
+
+
+# --------------------------------------------------------------------------------- train and eval
+
+
+@pytest.mark.parametrize("method", ["coconut", "pause", "cot", "no-cot"])
+def test_a_training_from_nothing_is_evaluated(method, tmp_path, problems_file, capsys):
+    assert trains(tmp_path / "a", "--from-nothing", "--method", method, data=problems_file) == 0
+    files, log = outcome(tmp_path / "a")
+    thoughts = [line["thoughts"] for line in log if "dev_loss" in line]
+    assert thoughts == {"coconut": [0, 0, 1, 2, 2], "pause": [2] * 5}.get(method, [0] * 5)
+    own = {"coconut": {"bot", "eot"}, "pause": {"pause"}}.get(method, set())
+    best = files["coconut.safetensors"]
+    assert {name for name in best if "." not in name} == own
+    assert all(torch.isfinite(x).all() for x in best.values())
+    path, table = tmp_path / "a" / "coconut.safetensors", tmp_path / "table.json"
+    code = main("eval", "--trained", path, "--limit", 5, "--json", table, "--max-new-tokens", 9)
+    row = json.loads(table.read_text())["methods"][0]
+    assert code == 0 and row["method"] == method and row["tokens"] > len(own)
+
+
+def test_a_training_goes_on_to_the_same_bits(tmp_path, problems_file, monkeypatch, capsys):
+    assert trains(tmp_path / "whole", "--from-nothing", data=problems_file) == 0
+    real = coconut_cli.Staged.log
+    for stop in (2, 4, 8):  # within a stage, at a stage's first step, in the last one
+
+        def log(self, step, stop=stop, **what):
+            real(self, step, **what)
+            if step == stop and "loss" in what:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(coconut_cli.Staged, "log", log)
+        code = trains(tmp_path / "cut", "--from-nothing", "--save-every", "2", data=problems_file)
+        assert code == 130
+    monkeypatch.setattr(coconut_cli.Staged, "log", real)
+    more = "--from-nothing", "--save-every", "2"
+    assert trains(tmp_path / "cut", *more, data=problems_file) == 0
+    assert_same(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_lora_trains_beside_the_model_and_is_merged_for_answers(
+    tmp_path, pair, folder_of, data, capsys
+):
+    folder, _ = pair()
+    before = load_file(Path(folder) / "model.safetensors")
+    small = "--limit", 8, "--dev", 3, "--dev-limit", 0, "--dtype", "float32"
+    assert trains(tmp_path / "a", "--lora", *small, data=data, model=folder) == 0
+    assert load_file(Path(folder) / "model.safetensors").keys() == before.keys()
+    path = tmp_path / "a" / "last.safetensors"
+    trained = load_file(path)
+    assert {"bot", "eot"} < trained.keys() and all("lora" in x for x in trained if "." in x)
+    assert any(x.any() for name, x in trained.items() if name.endswith("lora_B.weight"))
+    args = SimpleNamespace(model=None, device="cpu", dtype="float32")
+    it = coconut_eval.read(path, args, coconut, lora, {})
+    question = it.tokenizer.encode("Why?")
+    with torch.no_grad():
+        with lora.hooks(it.model, it.tensors, 2.0, 0.1):
+            loss = coconut.loss_one(it.model, it.tensors, question, 2, [65, 66])
+        with lora.merged(it.model, it.tensors, coconut_eval.ALPHA / coconut_eval.RANK):
+            merged = coconut.loss_one(it.model, it.tensors, question, 2, [65, 66])
+        plain = coconut.loss_one(it.model, it.tensors, question, 2, [65, 66])
+    assert merged.item() == pytest.approx(loss.item(), rel=1e-4)
+    assert plain.item() != pytest.approx(loss.item(), rel=1e-4)
+    evaluate = "eval", "--trained", path, "--dtype", "float32", "--data", data, "--limit", 2
+    assert main(*evaluate, "--max-new-tokens", 4) == 0
+    other = lengthen(folder_of("mistral"))
+    assert main(*evaluate, "--model", other) == 2
+    assert "was made for" in capsys.readouterr().err
+
+
+def test_several_trainings_of_a_method_are_summed_up(tmp_path, problems_file, capsys):
+    for seed in (0, 1):
+        folder = tmp_path / str(seed)
+        more = "--from-nothing", "--method", "no-cot", "--seed", seed
+        assert trains(folder, *more, data=problems_file, epochs=1) == 0
+    files = ",".join(str(tmp_path / f"{seed}/coconut.safetensors") for seed in (0, 1))
+    capsys.readouterr()
+    assert main("eval", "--trained", files, "--limit", 4, "--max-new-tokens", 4) == 0
+    said = capsys.readouterr().out
+    assert "no-cot #1" in said and "no-cot #2" in said and "(2)" in said.splitlines()[-1]
+
+
+def test_probe_prints_the_mass_of_all_tokens(tmp_path, problems_file, capsys):
+    assert trains(tmp_path / "a", "--from-nothing", data=problems_file) == 0
+    capsys.readouterr()
+    path = tmp_path / "a" / "coconut.safetensors"
+    assert main("probe", "--trained", path, "--limit", 6) == 0
+    lines = capsys.readouterr().out.splitlines()[2:]
+    assert len(lines) == 2 * 2  # hops, thoughts
+    for line in lines:
+        hops, _, *cells = line.split()
+        mass = [float(x) for x in cells[:-1] if not x.startswith("(")]
+        assert len(mass) == 5 and sum(mass) == pytest.approx(1, abs=3e-3)
+        names = [float(x[1:-1]) for x in cells if x.startswith("(")]
+        assert sum(names) == 2 * (int(hops) + 1)  # all names of the graph
+
+
+# ------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        ([], "use train, eval or probe"),
+        (["tarin"], "no command 'tarin': use train, eval or probe"),
+        (["train", "--folder", "F", "--task", "graph-test"], "no task 'graph-test'"),
+        (["train", "--folder", "F", "--from-nothing", "--lora"], "pass one of them"),
+        (["train", "--folder", "F", "--dtype", "bfloat16"], "in float32: leave --dtype out"),
+        (["train", "--folder", "F", "--c", "0"], "--c must be at least 1"),
+        (["train", "--folder", "F", "--method", "coconuts"], "invalid choice"),
+        (["train", "--folder", "F", "--data", str(GRAPH / "test.jsonl")], "train on graph-train"),
+        (["eval"], "required: --trained"),
+        (["eval", "--trained", "no.safetensors"], "no file no.safetensors"),
+        (["eval", "--trained", "tiny/softcot.safetensors"], "softcot.safetensors was not made by"),
+    ],
+)
+def test_a_mistake_is_one_line(arguments, said, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(ROOT / "tiny", "tiny", ignore=lambda *_: ["base", "assistant", "graph"])
+    try:
+        code = main(*arguments)
+    except SystemExit as error:
+        code = error.code
+    lines = capsys.readouterr().err.splitlines()
+    assert code == 2 and len(lines) == 1 and said in lines[0], lines
+
+
+def test_a_model_without_weights_is_trained_from_nothing_only(tmp_path, problems_file, capsys):
+    assert trains(tmp_path / "a", data=problems_file) == 2
+    assert "has no *.safetensors weights" in capsys.readouterr().err
+
+
+def test_problems_without_steps_are_refused(tmp_path, capsys):
+    path = tmp_path / "some.jsonl"
+    rows = [{"question": "1+1?", "answer": 2, "steps": ["2."]}, {"question": "2?", "answer": 2}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert trains(tmp_path / "a", "--from-nothing", data=path) == 2
+    assert "1 of 2 problems" in capsys.readouterr().err
+
+
+def test_files_of_another_model_or_without_thoughts_are_refused(tmp_path, problems_file, capsys):
+    pause = "--from-nothing", "--method", "pause"
+    assert trains(tmp_path / "a", *pause, data=problems_file, epochs=1) == 0
+    path = tmp_path / "a" / "coconut.safetensors"
+    capsys.readouterr()
+    assert main("probe", "--trained", path) == 2
+    assert "is of pause with 2 thoughts" in capsys.readouterr().err
+    assert main("eval", "--trained", path, "--model", ROOT / "tiny" / "assistant") == 2
+    assert "pass --model tiny/graph (width 64)" in capsys.readouterr().err
+    save_file({"x": torch.zeros(1)}, path)
+    for other, said in ((path, "was not made by"), (tmp_path / "a/state.safetensors", "is not of")):
+        assert main("eval", "--trained", other) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_a_folder_with_another_training_is_refused(tmp_path, problems_file, capsys):
+    assert trains(tmp_path / "a", "--from-nothing", data=problems_file, epochs=1) == 0
+    assert trains(tmp_path / "a", "--from-nothing", "--c", 2, data=problems_file, epochs=1) == 2
+    assert "c is 1 there and 2 here" in capsys.readouterr().err
+
+
+def test_without_the_problems_the_script_that_makes_them_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sources, "ROOT", tmp_path)
+    assert main("train", "--from-nothing", "--folder", tmp_path / "a") == 2
+    assert "train.jsonl is missing; make it with `python tiny/graph.py`" in capsys.readouterr().err
