@@ -232,7 +232,7 @@ def plan(model: Transformer, rows: int, prompt: int, new: int) -> int:
     row = position * (KVCache.rounded(positions, model.device) + prompt) + 32 * c.vocab_size
     # There is one more prompt: the one to come.
     free = 0.9 * checkpoint.free_memory(model.device) - position * prompt
-    fit = min(rows, int(free / row))
+    fit = int(min(rows, free / row))
     there = f"{free / 1e9:.1f} GB are free"
     if fit < 1:
         needs = f"needs {row / 1e9:.1f} GB for its keys and values"
