@@ -7,6 +7,7 @@
     python -m lab.bench --gp --against botorch
     python -m lab.bench --regret --against botorch --repeats 20
     python -m lab.bench --search --against botorch --repeats 100
+    python -m lab.bench --device cuda --report report.jsonl
 
 Decoding one sequence reads every weight once, so bytes read per step / memory bandwidth is the
 least time that a step can take; the bandwidth is measured in the same run. What is compared runs in
@@ -32,7 +33,7 @@ from torch import Tensor, nn
 
 import soft_reasoning
 import softcot
-from lab import bench_landscapes, bench_search, bench_training, checkpoint, cli
+from lab import bench_landscapes, bench_report, bench_search, bench_training, checkpoint, cli
 from lab import fast, files, flags, peers, timing
 from lab.timing import Clock
 from model import Prompt, Request, Tokenizer, Transformer, UserError, check_prompt, decode
@@ -228,6 +229,7 @@ def read_arguments(arguments: list[str]) -> argparse.Namespace:
     add("--assistant", help="a SoftCoT training step with this assistant, too")
     add("--gp", **switch, help="the Gaussian process instead of a model: time")
     add("--regret", **switch, help="the Gaussian process instead of a model: how well it searches")
+    add("--report", metavar="FILE", help="a report of everything, of random weights: goes on there")
     add("--search", **switch, help="Soft Reasoning's search: how often it finds what is rare")
     which = "transformers, llama.cpp; with --gp, --regret and --search botorch"
     add("--against", default="", help=f"peers, with commas, where they are installed: {which}")
@@ -249,8 +251,12 @@ def command(arguments: list[str]) -> int:
 
     def body() -> None:
         of_gp = args.gp or args.regret or args.search
+        if args.report:
+            bench_report.measure(args, command)
+            return
         if not of_gp and not args.model:
-            raise UserError("nothing to measure: pass --model NAME, --gp, --regret, or --search")
+            there = "--model NAME, --gp, --regret, --search, or --report FILE"
+            raise UserError(f"nothing to measure: pass {there}")
         flags.at_least(args, tokens=8, repeats=1)
         for name, numbers in (("batch", args.batch), ("prompt", args.prompt)):
             if min(numbers) < 1:

@@ -33,16 +33,18 @@ def append(path: str | Path, record: dict) -> None:
         ) from None
 
 
-def resume(path: str | Path, settings: dict[str, dict], key: Sequence[str]) -> dict[tuple, dict]:
+def resume(
+    path: str | Path, settings: dict[str, dict], key: Sequence[str], flag: str = "--output"
+) -> dict[tuple, dict]:
     """Read the records of a result file, by their values for the names in `key`.
 
     {} if there is no file. A half-written last line, which a killed process leaves, is cut off.
 
-    settings: method -> settings. Raises UserError for a record of one of these methods with other
-    settings, and for a file that is no result file or is damaged.
+    settings: method -> settings; flag: the one that names the file. Raises UserError for a record
+    of one of these methods with other settings, and for a file that is damaged or no result file.
     """
     path, done = Path(path), {}
-    another = "give --output another name"
+    another = f"give {flag} another name"
     try:
         content = path.read_bytes() if path.exists() else b""
         whole = content[: content.rfind(b"\n") + 1]
