@@ -7,6 +7,7 @@
     python -m lab.bench --gp --against botorch
     python -m lab.bench --regret --against botorch --repeats 20
     python -m lab.bench --search --against botorch --repeats 100
+    python -m lab.bench --device cuda --report report.jsonl
 
 Decoding one sequence reads every weight once, so bytes read per step / memory bandwidth is the
 least time that a step can take; the bandwidth is measured in the same run. What is compared runs in
@@ -15,6 +16,7 @@ optional and never needed by the project.
 """
 
 import argparse
+import itertools
 import math
 import statistics
 import sys
@@ -30,7 +32,7 @@ from torch import Tensor, nn
 
 import soft_reasoning
 import softcot
-from lab import bench_landscapes, bench_search, bench_training, checkpoint, cli
+from lab import bench_landscapes, bench_report, bench_search, bench_training, checkpoint, cli
 from lab import fast, files, flags, peers, timing
 from lab.timing import Clock
 from model import Prompt, Request, Tokenizer, Transformer, UserError, check_prompt, decode
@@ -58,12 +60,12 @@ class Timed:
 
 
 def ours(
-    model: Transformer, tokenizer: Tokenizer, method: str, prompt: Tensor, batch: int, tokens: int
+    model: Transformer, tokenizer: Tokenizer, method: str, prompt: Prompt, batch: int, tokens: int
 ) -> float:
-    """Seconds per decoding step of `batch` rows; prompt [T, d]."""
+    """Seconds per decoding step of `batch` rows that share a prompt."""
     s, clock = Settings(method=method, max_new_tokens=tokens, cold_stop=False), Clock()
-    shared, recorder = Prompt(prompt), model.recorder
-    requests = [Request(shared, (0, row)) for row in range(batch)]
+    recorder = model.recorder
+    requests = [Request(prompt, (0, row)) for row in range(batch)]
     model.recorder = partial(Timed, clock, recorder)
     for _ in decode(model, requests, SoftThinking(model, tokenizer, s, batch), batch, tokens, 1):
         pass
@@ -135,29 +137,33 @@ def bench_decoding(args: argparse.Namespace) -> tuple[list[str], dict]:
     model, tokenizer, loaded = loading(args)
     device, dtype, c = model.device, model.embed.weight.dtype, model.config
     model.config = replace(c, eos_ids=())  # every row runs to its end
-    ids = (tokenizer.encode(SENTENCE) * args.prompt)[: args.prompt]
+    ids = (tokenizer.encode(SENTENCE) * max(args.prompt))[: max(args.prompt)]
     check_prompt(c, ids + [0] * args.tokens)
-    prompt = model.embed(torch.tensor(ids, device=device))
+    embeds = model.embed(torch.tensor(ids, device=device))
+    prompts = {length: Prompt(embeds[:length]) for length in args.prompt}
+    first, longest = args.prompt[0], max(args.prompt)
     linear = [m for m in model.modules() if isinstance(m, (nn.Linear, fast.Int8Linear))]
     weights = sum(x.nbytes for m in linear for x in m.state_dict().values())
-    contenders: dict[str, Callable[[int], float | None]] = {
-        name: lambda batch, m=m: ours(model, tokenizer, m, prompt, batch, args.tokens)
+    contenders: dict[str, Callable[[int, int], float | None]] = {
+        name: lambda length, batch, m=m: ours(
+            model, tokenizer, m, prompts[length], batch, args.tokens
+        )
         for name, m in (("greedy", "greedy"), ("concept tokens", "soft"))
     }
     compiling = []
     for batch in args.batch:  # what the first run of a batch size pays for
-        first, again = (
-            timing.seconds(lambda b=batch: contenders["greedy"](b), device) for _ in range(2)
-        )
-        compiling.append(f"{first - again:.0f} s at batch {batch}")
+        run = partial(contenders["greedy"], first, batch)
+        cold, warm = (timing.seconds(run, device) for _ in range(2))
+        compiling.append(f"{cold - warm:.0f} s at batch {batch}")
     for batch in args.batch:  # all our memory is in use once, before a peer takes some
-        contenders["concept tokens"](batch)
+        contenders["concept tokens"](longest, batch)
     peak, limit = timing.peak_memory(device), timing.bandwidth(device)
     exact, lost = model, ""
     if args.quantize:  # the peers' weights are not in 8 bits
         exact = fast.load(args.model, args.device, args.dtype)[0]
         lost = quality(model, tokenizer, exact)
-    prefills, versions = {"ours": lambda: prefill(model, prompt)}, [f"torch {torch.__version__}"]
+    prefills = {"ours": lambda length: prefill(model, embeds[:length])}
+    versions = [f"torch {torch.__version__}"]
     folder = checkpoint.find_folder(args.model)
     for name in args.against:
         if peer := peers.made(name, peers.PEERS[name], folder, exact, ids, args.tokens):
@@ -171,40 +177,42 @@ def bench_decoding(args: argparse.Namespace) -> tuple[list[str], dict]:
         f"{args.model}, {kind}, {timing.hardware(device)}; {', '.join(versions)}",
         f"{loaded}; peak memory {peak:.2f} GB{took}",
         f"memory reads {limit['read']:.1f} GB/s, copies {limit['copy']:.1f} GB/s",
-        f"prompt {args.prompt} tokens, {args.tokens} decoded, {runs}: median (least to most)",
+        f"{args.tokens} tokens decoded, {runs}: median (least to most)",
     ]
-    columns = ["batch", "method", "tokens/s", "ms per step", "MB per step"]
+    columns = ["prompt", "batch", "method", "tokens/s", "ms per step", "MB per step"]
     columns += ["share of read bandwidth", "time beside greedy"]
     lines = [*header, "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    results = []
-    for batch in args.batch:
-        length = args.prompt + args.tokens // 2
-        read = weights + batch * length * c.layers * 2 * c.kv_heads * c.head_dim * dtype.itemsize
+    results, position = [], c.layers * 2 * c.kv_heads * c.head_dim * dtype.itemsize
+    for length, batch in itertools.product(args.prompt, args.batch):
+        read = weights + batch * (length + args.tokens // 2) * position
         times = {name: [] for name in contenders}
         for _ in range(args.repeats):
             for name, contender in contenders.items():
-                times[name].append(contender(batch))
+                times[name].append(contender(length, batch))
         for name, t in times.items():
             if None in t:
                 continue
             step, share = statistics.median(t), read / statistics.median(t) / limit["read"] / 1e9
             # Pair by pair, because the machine's speed drifts.
             ratio = statistics.median(a / b for a, b in zip(t, times["greedy"]))
-            row = {"batch": batch, "method": name, "seconds_per_step": t, "bytes_per_step": read}
-            results.append(row | {"beside_greedy": ratio})
+            row = {"prompt": length, "batch": batch, "method": name, "seconds_per_step": t}
+            results.append(row | {"bytes_per_step": read, "beside_greedy": ratio})
             speed = f"{batch / step:.1f} ({batch / max(t):.1f} to {batch / min(t):.1f})"
             cells = [f"{step * 1e3:.1f}", f"{read / 1e6:.0f}", f"{share:.0%}", f"{ratio:.3f}"]
-            lines.append(f"| {batch} | {name} | {speed} | {' | '.join(cells)} |")
-    took = timing.in_turns(prefills, args.repeats, device)
-    said = []
-    for name, t in took.items():
-        middle = statistics.median(t)
-        said.append(f"{name} {middle * 1e3:.0f} ms ({args.prompt / middle:.0f} tokens/s)")
+            lines.append(f"| {length} | {batch} | {name} | {speed} | {' | '.join(cells)} |")
+    took, lines = {}, [*lines, ""]
+    for length in args.prompt:
+        runs = {name: partial(run, length) for name, run in prefills.items()}
+        took[length], said = timing.in_turns(runs, args.repeats, device), []
+        for name, t in took[length].items():
+            middle = statistics.median(t)
+            said.append(f"{name} {middle * 1e3:.0f} ms ({length / middle:.0f} tokens/s)")
+        lines.append(f"prefill of {length} tokens: {', '.join(said)}")
     rounds = range(args.repeats + 1)  # the first is for warming up
+    prompt = embeds[:first]
     pairs = [[candidates(model, prompt, k, args.tokens) for k in (1, 5)] for _ in rounds]
     five = statistics.median(b / a for a, b in pairs[1:])
-    one = "five candidates of one prompt in one batch take"
-    lines += ["", f"prefill of {args.prompt} tokens: {', '.join(said)}"]
+    one = f"five candidates of one prompt of {first} tokens in one batch take"
     lines += [f"Soft Reasoning: {one} {five:.2f} x the time of one", *([lost] if lost else [])]
     numbers = {"header": header, "bandwidth": limit, "prefill": took, "five_candidates": five}
     return lines, numbers | {"int8": lost, "results": results}
@@ -220,13 +228,15 @@ def read_arguments(arguments: list[str]) -> argparse.Namespace:
     add("--assistant", help="a SoftCoT training step with this assistant, too")
     add("--gp", **switch, help="the Gaussian process instead of a model: time")
     add("--regret", **switch, help="the Gaussian process instead of a model: how well it searches")
+    add("--report", metavar="FILE", help="a report of everything, of random weights: goes on there")
     add("--search", **switch, help="Soft Reasoning's search: how often it finds what is rare")
     which = "transformers, llama.cpp; with --gp, --regret and --search botorch"
     add("--against", default="", help=f"peers, with commas, where they are installed: {which}")
     sizes = {"type": int, "nargs": "+", "default": [1, 5, 16, 64]}
     add("--batch", **sizes, help="batch sizes (default: 1 5 16 64)")
+    lengths = {"type": int, "nargs": "+", "default": [128]}
+    add("--prompt", **lengths, help="prompt lengths in tokens (default: 128)")
     for name, default, what in (
-        ("prompt", 128, "prompt length in tokens"),
         ("tokens", 48, "tokens decoded per repetition"),
         ("repeats", 5, "repetitions of each, in turns, or seeds"),
     ):
@@ -241,11 +251,16 @@ def command(arguments: list[str]) -> int:
     def body() -> None:
         flags.check_given(args)
         of_gp = args.gp or args.regret or args.search
+        if args.report:
+            bench_report.measure(args, command)
+            return
         if not of_gp and not args.model:
-            raise UserError("nothing to measure: pass --model NAME, --gp, --regret, or --search")
-        flags.at_least(args, prompt=1, tokens=8, repeats=1)
-        if min(args.batch) < 1:
-            raise UserError(f"--batch must be at least 1, not {min(args.batch)}")
+            there = "--model NAME, --gp, --regret, --search, or --report FILE"
+            raise UserError(f"nothing to measure: pass {there}")
+        flags.at_least(args, tokens=8, repeats=1)
+        for name, numbers in (("batch", args.batch), ("prompt", args.prompt)):
+            if min(numbers) < 1:
+                raise UserError(f"--{name} must be at least 1, not {min(numbers)}")
         if args.json is not None:
             files.check_table(args.json, ("arguments", "text"))
         args.against = [name for name in args.against.split(",") if name]

@@ -142,18 +142,22 @@ def append(path: str | Path, record: dict) -> None:
 
 
 def resume(
-    path: str | Path, settings: dict[str, dict], key: Sequence[str], others: Sequence[str] = ()
+    path: str | Path,
+    settings: dict[str, dict],
+    key: Sequence[str],
+    others: Sequence[str] = (),
+    flag: str = "--output",
 ) -> dict[tuple, dict]:
     """Read the records of a result file, by their values for the names in `key`.
 
     {} if there is no file. A half-written last line, which a killed process leaves, is cut off.
 
-    settings: method -> settings. others: what a record must have beside the key. Raises UserError
-    for a record of one of these methods with other settings, and for a file that is no result file
-    or is damaged.
+    settings: method -> settings. others: what a record must have beside the key; flag: the one that
+    names the file. Raises UserError for a record of one of these methods with other settings, and
+    for a file that is no result file or is damaged.
     """
     path, done = Path(path), {}
-    another = "give --output another name"
+    another = f"give {flag} another name"
     try:
         content = path.read_bytes() if path.exists() else b""
         whole = content[: content.rfind(b"\n") + 1]
@@ -229,13 +233,15 @@ def publish(text: str, result: Any, path: str | Path | None) -> None:
         print(text)
 
 
-def write(path: str | Path, content: bytes, remedy: str = "free some space, or try again") -> None:
+def write(
+    path: str | Path, content: bytes | str, remedy: str = "free some space, or try again"
+) -> None:
     """At once: a reader, or a machine that stops, finds the old file or the new one."""
     path = os.path.realpath(path)  # a link stays one
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         with open(temporary, "wb") as file:
-            file.write(content)
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

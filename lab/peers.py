@@ -40,8 +40,9 @@ class Peer:
     """Another implementation of the same model."""
 
     version: str
-    step: Callable[[int], float | None]  # batch -> seconds per step; None: not at this batch size
-    prefill: Callable[[], object]
+    # prompt length, batch -> seconds per step; None: not at this batch size
+    step: Callable[[int, int], float | None]
+    prefill: Callable[[int], object]  # of a prompt of this length
 
 
 # ------------------------------------------------------------------------------------ transformers
@@ -59,12 +60,12 @@ def transformers_model(folder: Path, like: Transformer) -> Any:
 
 
 def transformers_peer(folder: Path, model: Transformer, ids: list[int], tokens: int) -> Peer:
-    """transformers' generate, greedy."""
+    """transformers' generate, greedy; ids: the longest prompt, whose beginnings are the others."""
     import transformers
 
     peer, device = transformers_model(folder, model), model.device
 
-    def step(batch: int) -> float:
+    def step(length: int, batch: int) -> float:
         clock = Clock()
 
         def tick(*_: object, **__: object) -> Tensor:
@@ -72,8 +73,8 @@ def transformers_peer(folder: Path, model: Transformer, ids: list[int], tokens: 
             return torch.zeros(batch, dtype=torch.bool, device=device)
 
         peer.generate(
-            torch.tensor([ids] * batch, device=device),
-            attention_mask=torch.ones(batch, len(ids), device=device),
+            torch.tensor([ids[:length]] * batch, device=device),
+            attention_mask=torch.ones(batch, length, device=device),
             max_new_tokens=tokens,
             min_new_tokens=tokens,
             do_sample=False,
@@ -84,8 +85,10 @@ def transformers_peer(folder: Path, model: Transformer, ids: list[int], tokens: 
         )
         return clock.per_step()
 
-    version = f"transformers {transformers.__version__}"
-    return Peer(version, step, lambda: peer.model(torch.tensor([ids], device=device)))
+    def prefill(length: int) -> None:
+        peer.model(torch.tensor([ids[:length]], device=device))
+
+    return Peer(f"transformers {transformers.__version__}", step, prefill)
 
 
 def transformers_thoughts(
@@ -190,7 +193,7 @@ def write_gguf(model: Transformer, file: Path) -> None:
 
 
 def llama_peer(folder: Path, model: Transformer, ids: list[int], tokens: int) -> Peer:
-    """llama.cpp on as many threads, greedy, one sequence."""
+    """llama.cpp on as many threads, greedy, one sequence; ids as of `transformers_peer`."""
     import llama_cpp
 
     threads = torch.get_num_threads()
@@ -207,14 +210,14 @@ def llama_peer(folder: Path, model: Transformer, ids: list[int], tokens: int) ->
             use_mmap=False,
         )
 
-    def read() -> None:
+    def read(length: int) -> None:
         peer.reset()
-        peer.eval(ids)
+        peer.eval(ids[:length])
 
-    def step(batch: int) -> float | None:
+    def step(length: int, batch: int) -> float | None:
         if batch > 1:
             return None
-        read()
+        read(length)
         clock = Clock()
         for _ in range(tokens):
             # Of the last position: the public way copies those of all of them.

@@ -100,6 +100,7 @@ class Flags:
     """A copy of a bool tensor on its way to the host; nobody waits before `list` is asked for."""
 
     def __init__(self, x: Tensor):
+        # From a GPU to pinned memory, which non_blocking makes `to` allocate: pageable would wait.
         self.host = x.to("cpu", non_blocking=True, copy=True)
         self.event = torch.cuda.Event() if x.is_cuda else None
         if self.event:

@@ -1,15 +1,20 @@
 """lab.bench: it runs, counts bytes as by hand, and says what is wrong in one line."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
+from functools import partial
 
 import pytest
+import safetensors.torch
 import torch
-from conftest import ROOT
+from conftest import ROOT, edit
 
 from lab import bench as program
-from lab import bench_landscapes, bench_training, tasks
+from lab import bench_landscapes, bench_report, bench_training, fast, random_weights, tasks
 from model import UserError
 
 
@@ -78,6 +83,169 @@ def test_a_made_landscape_is_as_rare_as_it_says_and_coherence_points_to_it_or_no
                 slopes[informative] += gap.item() / 10
         assert sum(shares) / 20 == pytest.approx(share, abs=0.015)
         assert slopes[True] > 0.01 and abs(slopes[False]) < 0.005
+
+
+# --------------------------------------------------------------------------------------- the report
+
+SMALL_REPORT = """
+import sys
+from lab import bench, bench_report, timing
+timing.bandwidth = lambda device: {"read": 10.0, "copy": 10.0}  # takes seconds in each section
+wanted = bench_report.sections(False)
+del wanted["7b, transformers"]  # importing it takes long
+tests = {"tests": (60, "tests/test_cuda.py -k plan_refuses")}
+wrong = {"wrong": (60, "--model smolm2-135m"), "endless": (0.01, wanted["7b"][1])}
+bench_report.sections = lambda large: tests | wrong | wanted | tests
+sys.exit(bench.command(sys.argv[1:]))
+"""
+
+
+def records_of(file):
+    text = file.read_text() if file.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def test_a_report_that_is_killed_goes_on_where_it_stopped(tmp_path):
+    file = tmp_path / "report.jsonl"
+    command = [sys.executable, "-c", SMALL_REPORT, "--device", "cpu", "--report", str(file)]
+    options = {"cwd": ROOT, "text": True, "stderr": subprocess.PIPE, "stdout": subprocess.PIPE}
+    options["env"] = os.environ | {"TMPDIR": str(tmp_path)}
+    with subprocess.Popen(command, **options) as running:
+        while len(records_of(file)) < 3 and running.poll() is None:
+            time.sleep(0.05)
+        running.kill()
+    killed = records_of(file)
+    assert running.returncode == -signal.SIGKILL and 3 <= len(killed) < 6
+    markdown = file.with_suffix(".md")
+    assert "Not yet: " in markdown.read_text()
+    ran = subprocess.run(command, **options, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert f"going on after {len(killed)} finished records" in ran.stderr
+    records = {record["section"]: record for record in records_of(file)}
+    assert list(records) == [
+        *("tests", "wrong", "endless", "7b", "7b, long thoughts", "7b, int8", "7b, SoftCoT")
+    ]
+    assert [records[record["section"]] for record in killed] == killed
+    failed = {name: record["failed"] for name, record in records.items() if record["failed"]}
+    assert failed == {
+        "wrong": "failed: lab.bench: unknown model smolm2-135m: nearest aliases are smollm2-135m, "
+        "smollm2-360m, smollm2-1.7b; or pass a Hugging Face id (owner/name) or a folder",
+        "endless": "failed: it took longer than 0.01 s",
+    }
+    text = markdown.read_text()
+    assert "Not yet" not in text and all(f"\n## {name}\n" in text for name in records)
+    assert " passed" in records["tests"]["lines"][-1]
+    for name, row in (("7b", "| 20 | 2 | "), ("7b, long thoughts", "| 90 | 1 | ")):
+        assert any(line.startswith(row + "greedy | ") for line in records[name]["lines"])
+    assert any("weights in int8" in line for line in records["7b, int8"]["lines"])
+    assert any("SoftCoT training step" in line for line in records["7b, SoftCoT"]["lines"])
+    assert not list(tmp_path.glob("lab-bench-*"))  # the weights
+
+
+def test_a_report_of_another_machine_version_or_code_is_refused(tmp_path, capsys):
+    file, about = tmp_path / "report.jsonl", {"torch": "2.6.0", "machine": "NVIDIA H100 80GB HBM3"}
+    record = {"section": "7b", "method": "report", "settings": about, "lines": []}
+    file.write_text(json.dumps(record) + "\n")
+    before = file.read_bytes()
+    assert program.command(["--device", "cpu", "--report", str(file)]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "give --report another name" in said
+    for name in ("torch is '2.6.0' there and ", "machine is 'NVIDIA H100", "code is None there"):
+        assert name in said
+    assert file.read_bytes() == before and list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        (["nowhere/report.jsonl"], "cannot write nowhere/report.jsonl: make its folder first"),
+        (["report.md"], "--report names a file of JSON lines, report.jsonl: the .md is made of it"),
+        (["report.jsonl", "--device", "tpu"], "unknown device: use cpu, cuda, or cuda:N"),
+        (["report.jsonl", "--model", "tiny/base"], "--report brings its own models: leave --model"),
+    ],
+)
+def test_mistakes_with_a_report_are_one_line(arguments, expected, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert program.command(["--report", *arguments]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"lab.bench: {expected}") and said.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_happens_to_a_section_is_told():
+    def broken():
+        print("printed")
+        raise ValueError("out of range")
+
+    code, said, errors = bench_report.apart(broken, 20)
+    assert (code, said) == (1, "printed\n") and errors.endswith("ValueError: out of range\n")
+    assert bench_report.failure(code, errors, 20) == "failed: ValueError: out of range"
+    start = time.monotonic()
+    assert bench_report.apart(partial(time.sleep, 60), 0.2)[0] is None
+    assert time.monotonic() - start < 30
+    code, said, errors = bench_report.apart(lambda: os.kill(os.getpid(), signal.SIGKILL), 20)
+    assert bench_report.failure(code, errors, 20) == "failed: stopped by SIGKILL"
+
+
+def test_a_fork_that_cannot_use_a_gpu_becomes_a_process_that_can(monkeypatch):
+    about = bench_report.apart(partial(bench_report.describe, "cpu"), 20)
+    monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
+    assert bench_report.apart(partial(bench_report.describe, "cpu"), 60) == about
+
+    def command(words):
+        raise AssertionError("this one cannot")
+
+    body = partial(bench_report.section, "--model smolm2-135m", "cpu", command)
+    code, said, errors = bench_report.apart(body, 60)
+    assert (code, said) == (2, "") and errors.startswith("lab.bench: unknown model smolm2-135m")
+
+
+@pytest.mark.parametrize("name", ["7b", "0.5b"])
+def test_random_weights_are_a_model_in_files_that_others_read(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(random_weights.tempfile, "gettempdir", lambda: str(tmp_path))
+    folder = random_weights.write(name, large=False)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    tensors = {}
+    for path in folder.glob("*.safetensors"):
+        shard = safetensors.torch.load_file(path)
+        assert {index["weight_map"][tensor] for tensor in shard} == {path.name}
+        tensors |= shard
+    assert tensors.keys() == index["weight_map"].keys() and len(list(folder.glob("*-?.*"))) == 2
+    for tensor, x in tensors.items():
+        assert x.dtype == torch.bfloat16
+        mean, spread = (1, 0) if "norm" in tensor else (0, 0.02)
+        assert x.float().mean() == pytest.approx(mean, abs=0.02)
+        assert x.float().std() == pytest.approx(spread, abs=0.01)
+    model, _ = fast.load(str(folder), "cpu", "float32")
+    assert all(torch.equal(x, tensors[k].float()) for k, x in fast.hf_tensors(model).items())
+    times = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert random_weights.write(name, large=False) == folder  # it is there already
+    assert times == {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    edit(folder, vocab_size=99)  # of another version
+    random_weights.write(name, large=False)
+    assert json.loads((folder / "config.json").read_text())["vocab_size"] == 2048
+    (folder / "model.safetensors.index.json").unlink()  # a killed one left no index
+    random_weights.write(name, large=False)
+    assert (folder / "model.safetensors.index.json").exists()
+
+
+def test_the_large_sections_are_benches_of_these_models_within_their_context():
+    sections = bench_report.sections(large=True)
+    (test_file, *_), context = sections.pop("tests")[1].split(), 32768
+    assert (ROOT / test_file).exists() and random_weights.QWEN2[
+        "max_position_embeddings"
+    ] == context
+    for _, arguments in sections.values():
+        args = program.read_arguments(arguments.split())
+        assert args.model in random_weights.LARGE and max(args.prompt) + args.tokens < context
+
+
+def test_large_shapes_are_those_of_the_models():
+    """Parameters as their model cards count them, in billions."""
+    for name, billions in (("7b", 7.62), ("0.5b", 0.49)):
+        config = random_weights.QWEN2 | random_weights.LARGE[name]
+        size = fast.weight_bytes(fast.plain.Config.from_json(config), torch.bfloat16, None)
+        assert size / 2e9 == pytest.approx(billions, abs=0.005)
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,8 @@ class Greedy:
 
     def __init__(self, model, rows):
         model.config = dataclasses.replace(model.config, eos_ids=(END,))
-        self.E, self.limit, self.began = model.embed.weight, torch.zeros(rows), []
+        self.E, self.began = model.embed.weight, []
+        self.limit = torch.zeros(rows, device=model.device)
 
     def begin(self, row, request):
         self.limit[row] = request.data[1]
@@ -128,7 +129,8 @@ LIMITS = (20, 5, 13, 1, 9, 20, 2, 7, 16)
 def prompts(model, count=9):
     generator = torch.Generator().manual_seed(1)
     lengths = [3, 17, 1, 30, 8, 2, 25, 11, 5][:count]
-    return [model.embed(torch.randint(0, 272, (n,), generator=generator)) for n in lengths]
+    ids = [torch.randint(0, 272, (n,), generator=generator) for n in lengths]
+    return [model.embed(x.to(model.device)) for x in ids]
 
 
 def run(model, rows, order=range(9), method=None):
