@@ -56,7 +56,8 @@ class Timed:
 
     def __call__(self) -> list[bool]:
         self.clock()
-        return self.step() or self.live.tolist()
+        alive = self.step()
+        return alive if self.late else self.live.tolist()
 
 
 def ours(
