@@ -214,7 +214,7 @@ def outcome(entry: Entry) -> str:
     return "no answer" if entry.record["extracted"] is None else "wrong"
 
 
-def plane(entry: Entry, cells: int = 28) -> Chart | None:
+def plane(entry: Entry, cells: int = 22) -> Chart | None:
     """The points u in the plane of their first two principal components, and the GP's mean there.
 
     The plane goes through the points' mean; a contour is where the mean of a GP fitted to all
