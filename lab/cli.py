@@ -97,8 +97,8 @@ def command(arguments: list[str], doc: str, settings: type, run: Callable, view:
         for name in ("protocol", "shots", "limit", "methods", "json"):
             if getattr(args, name, None) is not None and not many:
                 raise UserError(f"--{name} goes with --task or --data")
-        if getattr(args, "trace", False) and not args.output:
-            raise UserError("--trace goes with --output, which it is written to")
+        if getattr(args, "trace", False) and not (args.output or args.html):
+            raise UserError("--trace goes with --output or --html, which it is written to")
         view.check(args)
         with files.reserved(args.output, args.json, args.html):
             if many:

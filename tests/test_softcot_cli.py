@@ -139,7 +139,8 @@ def test_the_majority_of_equal_answers_wins():
     def vote(answers):
         """Which of these texts, each an answer, is the record's; `nothing` is none."""
         texts = ["nothing" if a is None else f"{i}: The answer is {a}." for i, a in answers]
-        draws = [{"text": text, "prompt": "", "answer_tokens": 1} for text in texts]
+        draw = {"prompt": "", "answer_tokens": 1, "not_finite": 0}
+        draws = [{"text": text} | draw for text in texts]
         record = voted(draws, problem, 0)
         assert record["answers"] == [a for _, a in answers] and record["texts"] == texts
         return texts.index(record["answer_text"])
