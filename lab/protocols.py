@@ -119,7 +119,7 @@ def worked_examples() -> dict[str, list[dict[str, str]]]:
 def examples(task: tasks.Task, shots: int) -> list[dict[str, str]]:
     """The first `shots` of the published examples. UserError where there are not so many."""
     there = worked_examples().get(NAMES.get(task.name), []) if shots else []
-    if shots > len(there):
+    if not 0 <= shots <= len(there):
         raise UserError(f"--shots {shots}: there are {len(there)} worked examples of {task.name}")
     return there[:shots]
 

@@ -104,7 +104,7 @@ def test_our_prompt_takes_worked_examples_in_the_form_that_it_asks_for(files):
 
 
 @pytest.mark.parametrize(
-    "name, shots, there", [("gsm8k", 9, 8), ("strategyqa", 2, 1), ("tiny", 1, 0)]
+    "name, shots, there", [("gsm8k", 9, 8), ("strategyqa", 2, 1), ("tiny", 1, 0), ("gsm8k", -1, 8)]
 )
 def test_more_shots_than_examples_are_refused(files, name, shots, there):
     with pytest.raises(UserError, match=f"--shots {shots}: there are {there} worked examples"):
