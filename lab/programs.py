@@ -11,14 +11,9 @@ import functools
 import re
 import textwrap
 import warnings
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 from lab import sandbox
 from model import UserError
-
-if TYPE_CHECKING:
-    from lab.tasks import Problem  # which imports this file
 
 HERE = "# ---- the program ----"
 FENCED = re.compile(
@@ -81,13 +76,11 @@ def passes(code: str, gold: str) -> bool:
     return sandbox.finished(f"{before}{code}\n{after}")
 
 
-def permitted(problems: Iterable["Problem"], task: str, run: bool) -> None:
+def permitted(task: str, run: bool) -> None:
     """UserError where programs would have to be run that nobody has permitted to run.
 
     Finds out at once, if they are permitted, whether they can be run here.
     """
-    if not any(problem.kind == "code" and HERE in problem.answer for problem in problems):
-        return
     if not run:
         raise UserError(
             f"{task} is graded by running the programs that the model writes: permit it with "

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from lab import livecodebench, programs, sandbox
+from lab import livecodebench, programs, sandbox, tasks
 from lab.grading import extract, grade, grader, read_answer, reader, vote
 from lab.programs import HERE, passes, permitted, program, with_tests
 from lab.results import run
@@ -92,12 +92,17 @@ def test_how_code_is_graded_is_said():
 
 
 def test_where_programs_cannot_be_run_that_is_known_before_one_is_asked_for(monkeypatch):
-    problems = [Problem("x", "q", with_tests("assert 1"), "code")]
     monkeypatch.setattr(sandbox, "ways", list)
     sandbox.way.cache_clear()
     with pytest.raises(UserError, match="cannot be run here"):
-        permitted(problems, "x", True)
-    permitted([Problem("x", "q", "1", "number")], "x", False)
+        permitted("x", True)
+
+
+@pytest.mark.parametrize("name", ["humaneval", "mbpp"])
+def test_without_leave_nothing_is_downloaded_either(name, monkeypatch):
+    monkeypatch.setattr(tasks, "fetch", lambda file: pytest.fail(f"{file} is fetched"))
+    with pytest.raises(UserError, match=f"{name} is graded by running .* --run-generated-code"):
+        load(name)
 
 
 def test_a_run_of_right_and_wrong_programs(tmp_path, capsys):

@@ -264,7 +264,8 @@ def test_code_is_loaded_only_where_it_may_be_run(cache, monkeypatch, tmp_path):
             load(*arguments)
         assert load(*arguments, run_code=True)[0].kind == "code"
     with pytest.raises(UserError, match="'tests' is missing"):
-        load("mbpp", write_lines(tmp_path / "no.jsonl", {"question": "Q?", "answer": "1"}))
+        own = write_lines(tmp_path / "no.jsonl", {"question": "Q?", "answer": "1"})
+        load("mbpp", own, run_code=True)
 
 
 def test_livecodebench_reads_its_own_rows_and_runs_nothing(tmp_path):
