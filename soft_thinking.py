@@ -191,7 +191,7 @@ def think_one(
             if (sure or forced) and not closed:
                 token, forced, matched = marker[forced], forced + 1, 0
                 x, closed = E[[token]], forced == len(marker)
-            entropy_streak *= not closed
+            entropy_streak = 0 if closed else entropy_streak
             thought.append(token)
         if token in eos:
             break

@@ -77,7 +77,9 @@ def write(name: str, large: bool) -> Path:
     for tensor, shape in shapes.items():
         layer = tensor.split(".")[2] if tensor.startswith("model.layers.") else "rest"
         shards.setdefault(f"model-{layer}.safetensors", {})[tensor] = shape
-    noise = torch.randn(1 << 24).mul_(0.02).bfloat16()  # again and again: drawing takes long
+    # The same noise for all of them, again and again: drawing takes long.
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(1 << 24, generator=generator).mul_(0.02).bfloat16()
     with ThreadPoolExecutor() as pool:
         for _ in pool.map(lambda x: write_tensors(folder / x[0], x[1], noise), shards.items()):
             pass
