@@ -12,6 +12,7 @@ The paper shows a base model worked examples of sub-questions and their answers,
 of 8 sampled answers that agree. Here a chat model answers in its own form, without examples: a step
 is a sentence or a line of it, and c the geometric mean of its tokens' probabilities. So the reward
 of a step is known as soon as it is sampled, and the paper's stand-in for c (0.8) is not needed.
+Steps are sampled without the top-k of 50 and the top-p of 0.95 that its public code has.
 """
 
 import math

@@ -51,7 +51,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             names = file.keys()  # it is no dictionary
             return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
     except FileNotFoundError:
-        raise UserError(f"no file {path}: `python softcot.py train` makes one") from None
+        raise UserError(f"no file {path}: check the name; `train` makes one") from None
     except (safetensors.SafetensorError, OSError) as error:
         raise UserError(
             f"{path} is no safetensors file, or damaged ({error}): make it again with `train`"
