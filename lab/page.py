@@ -22,6 +22,7 @@ from model import UserError
 
 HERE = Path(__file__).parent
 STRETCH = 20_000  # characters of a text that are laid out together
+LARGE = 50_000  # steps, and 100 for each record, from which on records are built when opened
 
 # ------------------------------------------------------------------------------------------ groups
 
@@ -157,6 +158,13 @@ def parts(text: Any) -> Iterator[str]:
     return (text[i : i + STRETCH] for i in range(0, len(text), STRETCH))
 
 
+def commented(html: Markup) -> Markup:
+    """HTML for lab/page.js to build when it is wanted: its elements cost a browser far more time
+    than its text.
+    """
+    return Markup(f"<!--{str(html).replace('--', '-&#45;')}-->")
+
+
 # -------------------------------------------------------------------------------------------- page
 
 
@@ -208,7 +216,7 @@ def build(
         lstrip_blocks=True,
         finalize=lambda said: said if isinstance(said, Markup) else visible(said),
     )
-    environment.filters |= {"parts": parts, "short": short}
+    environment.filters |= {"parts": parts, "short": short, "commented": commented}
     environment.filters["json"] = lambda value: json.dumps(value, ensure_ascii=False)
     tasks = {str(entry.record["settings"].get("task", "")) for entry in entries} - {""}
     text = environment.get_template("page.html.jinja").render(
@@ -223,6 +231,7 @@ def build(
         trainings={name: [drawn(chart) for chart in of] for name, of in trainings.items()},
         problems=records.problems,
         total=len(entries),
+        large=sum(100 + len(entry.record.get("steps", ())) for entry in entries) > LARGE,
         ends=[end for end in ends if end],
         notes=notes,
         names=records.names_json(),

@@ -17,7 +17,7 @@ from test_cli import reason, records_of, think
 
 import softcot
 from baselines import lora, prompts
-from lab import charts, costs, pictures, report, softcot_cli, tables, traces
+from lab import charts, costs, page, pictures, report, softcot_cli, tables, traces
 from lab.pictures import Entry
 from lab.tasks import TASKS
 from model import Tokenizer
@@ -42,7 +42,7 @@ class Page(HTMLParser):
     def __init__(self, text):
         super().__init__()
         self.root = SimpleNamespace(tag="", attrs={}, children=[])
-        self.open = [self.root]
+        self.open, self.comments = [self.root], []
         self.feed(text)
         self.close()
         assert self.open == [self.root]
@@ -55,6 +55,9 @@ class Page(HTMLParser):
 
     def handle_endtag(self, tag):
         assert self.open.pop().tag == tag
+
+    def handle_comment(self, data):
+        self.comments.append(data)
 
     def handle_data(self, data):
         self.open[-1].children.append(data)
@@ -159,16 +162,35 @@ def test_every_record_is_there_and_every_mark_leads_to_one(runs, name, tmp_path)
     assert sorted(articles) == sorted(f"r{i}" for i in range(len(of)))
     methods = list(dict.fromkeys(record["method"] for record in of))
     for i, record in enumerate(of):
-        article = articles[f"r{i}"]
-        assert article.attrs["data-label"] == str(methods.index(record["method"]))
-        assert (article.attrs["data-outcome"] == "right") == record["correct"]
-        assert article.attrs["data-end"] == (record.get("stopped_by") or "")
-        assert record["answer_text"] in said(article)
+        (mark,) = html.all("a", **{"class": "mark", "href": f"#r{i}"})
+        assert mark.attrs["data-label"] == str(methods.index(record["method"]))
+        assert (mark.attrs["data-outcome"] == "right") == record["correct"]
+        assert mark.attrs["data-end"] == (record.get("stopped_by") or "")
+        assert record["answer_text"] in said(articles[f"r{i}"])
     ids = {element.attrs["id"] for element in html.all() if "id" in element.attrs}
     links = [a.attrs["href"] for a in html.all("a")]
     assert {f"#r{i}" for i in range(len(of))} <= set(links) <= {f"#{name}" for name in ids}
     drawn = [a.attrs["href"] for svg in html.all("svg") for a in html.all("a", svg)]
     assert all(drawn.count(f"#r{i}") == 1 for i in range(len(of)))  # of the lengths
+
+
+def test_a_large_page_keeps_its_records_as_comments_of_the_same_elements(
+    runs, hostile, tmp_path, monkeypatch
+):
+    """Also where texts hold what would end a comment: HOSTILE."""
+    for files in ([hostile], [runs.think]):
+        whole = made(tmp_path, *files)
+        monkeypatch.setattr(page, "LARGE", 0)
+        large = made(tmp_path, *files)
+        monkeypatch.undo()
+        assert not list(large.all("article")) and list(large.all("noscript"))
+        built = Page("".join(large.comments))
+        for name in ("article", "script", "svg", "p"):
+            there = [(e.attrs, said(e)) for e in built.all(name)]
+            inside = [(e.attrs, said(e)) for x in whole.all(**{"class": "entries"})
+                      for e in whole.all(name, x)]  # fmt: skip
+            assert there == inside
+        assert len(list(large.all("a", **{"class": "mark"}))) == len(list(built.all("article")))
 
 
 def test_the_page_asks_nothing_of_a_network_and_runs_no_script_but_its_own(runs, tmp_path):
@@ -550,7 +572,10 @@ const said = {};
 const panel = document.getElementById("panel");
 const read = () => [...panel.querySelectorAll("div")].map((row) =>
   [row.firstChild.textContent, row.lastChild.textContent]);
-for (const details of document.querySelectorAll("details.problem")) details.open = true;
+for (const details of document.querySelectorAll("details.problem")) {
+  details.open = true;
+  details.dispatchEvent(new Event("toggle")); // else it comes later
+}
 said.steps = [...document.querySelectorAll("article .thought")].map((thought) => {
   thought.querySelector(".piece[data-start='0']").focus();
   const steps = [];
@@ -578,7 +603,7 @@ for (const [name, value] of CASES) {
 }
 location.hash = "r1";
 addEventListener("hashchange", () => {
-  said.revealed = document.getElementById("r1").checkVisibility();
+  said.revealed = document.getElementById(location.hash.slice(1)).checkVisibility();
   said.requests = performance.getEntriesByType("resource").map((entry) => entry.name);
   const out = document.createElement("pre");
   out.id = "said";
@@ -598,8 +623,12 @@ def opened(path, *flags):
 
 
 @browser
-def test_in_a_browser_hover_focus_and_filters_show_what_the_file_holds(runs, tmp_path):
+@pytest.mark.parametrize("large", [False, True])
+def test_in_a_browser_hover_focus_and_filters_show_what_the_file_holds(
+    large, runs, tmp_path, monkeypatch
+):
     of = records_of(runs.think)
+    monkeypatch.setattr(page, "LARGE", 0 if large else page.LARGE)
     made(tmp_path, runs.think)
     cases = [["outcome", "right"], ["outcome", "wrong"], ["label", "1"], ["end", "think_end"]]
     cases += [["problem", of[0]["problem"]], ["problem", ""]]
