@@ -13,7 +13,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from lab import costs, files, pictures, tables
+from lab import costs, files, pictures, soft_thoughts, tables
 from lab.charts import CSS, COLOURS, Chart, short, visible
 from lab.pictures import Entry
 from lab.tasks import TASKS
@@ -106,16 +106,18 @@ class Records:
             about["thought"] = self.thought(entry, others)
         if "points" in record:
             about["search"] = self.search(entry, others)
+        if "soft_thoughts" in record:
+            about["soft_thoughts"] = self.soft_thoughts(entry)
         return about
 
-    def trace(self, entry: Entry) -> Trace:
-        name = self.model or str(entry.record["settings"].get("model"))
+    def names_of(self, record: dict) -> Names:
+        name = self.model or str(record["settings"].get("model"))
         if name not in self.names:
             self.names[name] = Names(tokenizer_of(name))
-        return Trace(entry.record, self.names[name], entry.number)
+        return self.names[name]
 
     def thought(self, entry: Entry, others: list[Entry]) -> dict:
-        trace, beside = self.trace(entry), None
+        trace, beside = Trace(entry.record, self.names_of(entry.record), entry.number), None
         if entry.record["method"] == "soft":
             beside = next((e for e in others if e.record["method"] in ("cot", "greedy")), None)
         said = sentences(beside.record["thought_text"]) if beside else ()
@@ -142,6 +144,13 @@ class Records:
             verdict = verdicts[number] if number < len(verdicts) else None
             rounds.append({"number": number, "candidates": candidates, "verdict": verdict})
         return {"charts": [drawn(chart) for chart in charts], "rounds": rounds}
+
+    def soft_thoughts(self, entry: Entry) -> dict:
+        found, names = entry.record["soft_thoughts"], self.names_of(entry.record)
+        self.charts += (charts := soft_thoughts.charts(entry.number, found))
+        near = [[(names.name(i), cosine) for i, cosine in of] for of in found["nearest"]]
+        rows = list(zip(found["norms"], near))
+        return {"charts": [drawn(chart) for chart in charts], "rows": rows}
 
     def names_json(self) -> Markup:
         known = [{i: visible(text) for i, text in n.known.items()} for n in self.names.values()]
@@ -243,7 +252,14 @@ def build(
     return text, [*charts, *(c for of in trainings.values() for c in of), *records.charts]
 
 
-def write(path: str | Path, records: list[dict], name: str = "this run") -> None:
+def write(path: str | Path, records: list[dict]) -> None:
     """The page of a command's records in a file. UserError where it cannot be written."""
-    text, _ = build({name: records})
+    text, _ = build({"this run": records})
+    files.write(path, text)
+
+
+def write_training(path: str | Path, folder: Path) -> None:
+    """The page of a training's folder, from its log. UserError where it cannot be written."""
+    lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    text, _ = build({}, {str(folder): [json.loads(line) for line in lines]})
     files.write(path, text)

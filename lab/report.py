@@ -66,6 +66,15 @@ def check(record: dict) -> None:
         finite(*point["u"], point["reward"], point["tokens"], point["round"])
     for token, step in zip(record.get("thought_ids", ()), record.get("steps", ())):
         finite(*step["probs"], step["entropy"], token, *step["ids"])
+    if "soft_thoughts" in record:
+        found = record["soft_thoughts"]
+        norms, cosines, nearest = (found[name] for name in ("norms", "cosines", "nearest"))
+        finite(*norms, *(cosine for row in cosines for cosine in row))
+        finite(
+            *(number for near in nearest for token, cosine in near for number in (token, cosine))
+        )
+        if [len(row) for row in cosines] != list(range(len(norms))) or not norms:
+            raise ValueError
 
 
 def finite(*numbers: float) -> None:

@@ -17,7 +17,7 @@ from test_cli import reason, records_of, think
 
 import softcot
 from baselines import lora, prompts
-from lab import charts, costs, page, pictures, report, softcot_cli, tables, traces
+from lab import charts, costs, page, pictures, report, soft_thoughts, softcot_cli, tables, traces
 from lab.pictures import Entry
 from lab.tasks import TASKS
 from model import Tokenizer
@@ -119,7 +119,7 @@ def runs(tmp_path_factory):
     methods = ["--methods", "soft,greedy,sc", "--output", str(files["reason"])]
     assert reason([*tiny, "2", *few, *methods]) == 0
     methods = ["--methods", "zero-shot-cot,softcot", "--output", str(files["softcot"])]
-    assert evaluates([*tiny, "2", *methods]) == 0
+    assert evaluates([*tiny, "2", *methods, "--trace"]) == 0
     torch.set_num_threads(threads)
     log = folder / "trained" / "log.jsonl"
     log.parent.mkdir()
@@ -262,6 +262,42 @@ def test_a_search_shows_its_candidates_round_by_round(runs, tmp_path):
             best = max([best, *(point["reward"] for point in points)])
 
 
+def test_soft_thoughts_are_drawn_and_named(runs, tmp_path):
+    of, html = records_of(runs.softcot), made(tmp_path, runs.softcot)
+    tokenizer = Tokenizer(TINY)
+    for i, record in enumerate(of):
+        (article,) = html.all("article", id=f"r{i}")
+        pictures = [svg.attrs["aria-label"] for svg in html.all("svg", article)]
+        if record["method"] != "softcot":
+            assert not pictures
+            continue
+        found = record["soft_thoughts"]
+        assert len(found["norms"]) == 16 and pictures[0].startswith("Norms")
+        tips = [said(title) for c in html.all("circle", article) for title in html.all("title", c)]
+        assert tips == [f"thought {k}: norm {norm:.2f}" for k, norm in enumerate(found["norms"], 1)]
+        pairs = [cosine for row in found["cosines"] for cosine in row]
+        assert pictures[1].endswith(f"mean {sum(pairs) / len(pairs):+.2f}")
+        assert len(pairs) == 16 * 15 / 2
+        _, *rows = rows_of(next(html.all("table", article)), html)
+        for row, near in zip(rows, found["nearest"], strict=True):
+            wanted = [f"{traces.Names(tokenizer).name(i)} {cosine:+.2f}" for i, cosine in near]
+            assert row[2].split() == " ".join(wanted).split()
+
+
+def test_a_heat_map_has_a_cell_for_each_two_thoughts():
+    chart = soft_thoughts.heat_map(0, [[], [0.5], [-0.5, 0.04]])
+    cells = re.findall(r'class="cell (c\d)" fill-opacity="([\d.]+)" d="([^"]+)"', chart.svg())
+    counts = {(look, depth): path.count("M") for look, depth, path in cells}
+    assert counts == {("c1", "1.0"): 3, ("c1", "0.5"): 2, ("c0", "0.5"): 2, ("c1", "0.0"): 2}
+    boxes = [re.findall(r"M([\d.]+) ([\d.]+)H([\d.]+)V([\d.]+)", path) for *_, path in cells]
+    corners = [list(map(float, box)) for of in boxes for box in of]
+    areas = [(x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in corners]
+    wide, tall = 640 - chart.left - chart.right, chart.height - chart.top - chart.bottom
+    assert sum(areas) == pytest.approx(wide * tall, rel=1e-3)
+    same = soft_thoughts.heat_map(0, [[1.0] * i for i in range(8)])  # collapsed
+    assert same.svg().count('class="cell') == 1
+
+
 def test_a_training_is_drawn_from_its_log(runs, tmp_path):
     svg = tmp_path / "svg"
     html = made(tmp_path, runs.trained, svg=svg)
@@ -353,6 +389,11 @@ def test_a_mistake_is_one_line(runs, tmp_path, capsys):
         file.write_text(text)
         error = failing([file, *out], capsys)
         assert "holds no records" in error if not text else "line 1: not a record" in error
+    one = next(r for r in records_of(runs.softcot) if "soft_thoughts" in r)
+    for name, value in (("norms", []), ("cosines", [[1]]), ("nearest", [[[1]]]), ("norms", "x")):
+        bad = one | {"soft_thoughts": one["soft_thoughts"] | {name: value}}
+        file.write_text(json.dumps(bad) + "\n")
+        assert "line 1: not a record" in failing([file, *out], capsys)
     assert "cannot write" in failing([runs.think, "-o", tmp_path / "no" / "x.html"], capsys)
     assert "cannot write" in failing([runs.think, "-o", tmp_path], capsys)
     assert "cannot write" in failing([runs.think, *out, "--svg", runs.think], capsys)
