@@ -15,6 +15,7 @@ from markupsafe import Markup
 
 from lab import costs, files, pictures, soft_thoughts, tables
 from lab.charts import CSS, COLOURS, Chart, short, visible
+from lab.concepts import concepts
 from lab.pictures import Entry
 from lab.tasks import TASKS
 from lab.traces import Names, Trace, in_script, sentences, tokenizer_of
@@ -102,11 +103,11 @@ class Records:
         about |= {"outcome": pictures.outcome(entry)}
         about |= {"colour": pictures.colour(entry.group), "record": record, "href": entry.href}
         about |= {"length": tables.length(record)}
-        if "steps" in record:
+        if record.get("steps"):
             about["thought"] = self.thought(entry, others)
-        if "points" in record:
+        if record.get("points"):
             about["search"] = self.search(entry, others)
-        if "soft_thoughts" in record:
+        if record.get("soft_thoughts"):
             about["soft_thoughts"] = self.soft_thoughts(entry)
         return about
 
@@ -122,6 +123,8 @@ class Records:
             beside = next((e for e in others if e.record["method"] in ("cot", "greedy")), None)
         said = sentences(beside.record["thought_text"]) if beside else ()
         self.charts.append(chart := pictures.entropy(trace))
+        if mixed := concepts(trace):  # the page itself shows every step's
+            self.charts.append(mixed)
         about = {"chart": drawn(chart), "rows": trace.rows(said), "data": Markup(trace.data())}
         about |= {"least_sure": trace.least_sure(), "strike": trace.strike}
         about |= {"steps": len(trace.steps), "model": list(self.names.values()).index(trace.names)}

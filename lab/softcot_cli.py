@@ -214,8 +214,8 @@ def score(
         make = "python softcot.py train --method lora --folder FOLDER"
         raise UserError(f"--methods lora needs --lora FOLDER: `{make}`")
     numbers = args.thoughts.split(",") if args.thoughts else []
-    if not all(n.isdecimal() for n in numbers):
-        numbers = "numbers from 0 on, with commas between them"
+    if not all(n.isdecimal() and len(n) < 7 for n in numbers):
+        numbers = "numbers from 0 on, below a million, with commas between them"
         raise UserError(f"--thoughts takes {numbers}, not {args.thoughts!r}")
     name = "data" if args.data and not args.task else args.task or "tiny"
     problems = tasks.load(name, args.data, args.limit, args.run_generated_code)

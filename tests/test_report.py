@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -18,6 +19,7 @@ from test_cli import reason, records_of, think
 import softcot
 from baselines import lora, prompts
 from lab import charts, costs, page, pictures, report, soft_thoughts, softcot_cli, tables, traces
+from lab.concepts import concepts
 from lab.pictures import Entry
 from lab.tasks import TASKS
 from model import Tokenizer
@@ -407,6 +409,39 @@ def test_a_mistake_is_one_line(runs, tmp_path, capsys):
     assert not (tmp_path / "x.html").exists() and not (tmp_path / "l.jsonl").exists()
 
 
+STRANGE = {
+    "problem": [7, ["a"]],
+    "choices": ["abc", ["a"]],
+    "correct": ["yes"],
+    "seconds": ["fast", float("inf")],
+    "thought_tokens": ["x"],
+    "answer_tokens": [-5, 10**400],
+    "stopped_by": [{}],
+    "settings": [{"task": 5}, []],
+    "steps": [{"a": 1}, [{}], 7],
+    "thought_ids": [[], ["a"], [-1] * 99, [10**30] * 99],
+    "texts": ["abc", ["a"]],
+    "points": [[{}], {"a": 1}],
+    "soft_thoughts": [[1], {"norms": [1.0]}],
+}
+
+
+def test_a_record_of_strange_values_is_not_a_record(runs, tmp_path, capsys):
+    record, file = records_of(runs.think)[0], tmp_path / "strange.jsonl"
+    for name, values in STRANGE.items():
+        for value in values:
+            file.write_text(json.dumps(record | {name: value}) + "\n")
+            error = failing([file, "-o", tmp_path / "x.html"], capsys)
+            assert error.endswith("line 1: not a record; delete the line"), name
+    for line in ('{"step": null, "loss": 1}', '{"step": 1, "loss": NaN}', '{"step": 1e999}'):
+        file.write_text(line + "\n")
+        assert "not a record" in failing([file, "-o", tmp_path / "x.html"], capsys)
+    os.mkfifo(tmp_path / "pipe")
+    assert "is a named pipe" in failing([tmp_path / "pipe", "-o", tmp_path / "x.html"], capsys)
+    assert "cannot read" in failing(["x" * 5000, "-o", tmp_path / "x.html"], capsys)
+    assert traces.tokenizer_of("x" * 5000) is traces.tokenizer_of("~nobody-here/x") is None
+
+
 def test_a_half_written_last_line_is_left_out_with_a_note(runs, tmp_path, capsys):
     file = tmp_path / "half.jsonl"
     file.write_bytes(runs.think.read_bytes()[:-100])
@@ -498,6 +533,21 @@ def test_a_token_that_is_not_the_most_probable_one_says_which_is():
     record["settings"]["noise"] = "dirichlet"
     assert trace.greedy == {1: 5}  # kept
     assert traces.Trace(record, trace.names).greedy == {}
+
+
+def test_concept_tokens_are_drawn_where_a_thought_is_least_sure():
+    """Bars as long as the shares; none for a thought of single tokens."""
+    record = record_of([0.0] * 4 + [1.0] * 3 + [0.0] * 4)
+    for t, probs in ((4, [0.5, 0.5]), (5, [0.7, 0.2, 0.1])):
+        record["steps"][t] |= {"ids": list(range(7, 7 + len(probs))), "probs": probs}
+    chart = concepts(traces.Trace(record, traces.Names(None)))
+    assert (chart.x.low, chart.x.high) == (2.5, 7.5)  # the first five that hold all three
+    bars = re.findall(r'class="area c0" d="M([\d.]+) [\d.]+L([\d.]+) ', chart.svg())
+    wide = 0.94 * (640 - chart.left - chart.right) / 5
+    shares = [(float(end) - float(start)) / wide for start, end in bars]
+    assert shares == pytest.approx([1, 1, 0.5, 0.5, 0.7, 0.2, 0.1, 1], abs=0.01)
+    assert chart.svg().count("#8") == 2 and ">70%<" in chart.svg()
+    assert concepts(traces.Trace(record_of([1.0] * 3), traces.Names(None))) is None
 
 
 def test_characters_of_several_tokens_are_whole(folder_of):
