@@ -52,6 +52,9 @@ def leave(command: Callable[..., int], *arguments: Any) -> NoReturn:
         if getattr(sys, name) is None:  # closed: else a file of ours would get its number
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 (it stays open)
     sys.stdout.reconfigure(errors="replace")  # a terminal without Unicode gets question marks
+    if sys.flags.optimize > 1:
+        lacking = "python -OO takes out the docstrings that --help is made of: leave it out"
+        sys.exit(fail(Path(sys.argv[0]).name, lacking))
     try:
         try:
             code = command(*arguments)

@@ -4,8 +4,8 @@
     python -m lab.report soft.jsonl cot.jsonl out/log.jsonl --output page.html
 
 A FILE is what a run's --output wrote, or the log.jsonl of a training's folder. Records made with
---trace show every concept token. --svg writes all pictures as files; --logprobs the thoughts as
-JSON lines in the form of OpenAI's chat completions with `top_logprobs`.
+--trace show every concept token, or every soft thought. --svg writes all pictures as files;
+--logprobs the thoughts as JSON lines in the form of OpenAI's chat completions with `top_logprobs`.
 """
 
 import argparse
