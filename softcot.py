@@ -42,8 +42,7 @@ def placeholder(tokenizer: Tokenizer) -> int:
 def split_at_slot(text: str) -> tuple[str, str]:
     left, slot, right = text.partition(SLOT)
     if not slot or SLOT in right:
-        fault = "does not repeat the user's message once, as it is"
-        raise UserError(f"the chat template {fault}: use another model")
+        raise UserError("the chat template does not repeat messages as they are: use another model")
     return left, right
 
 
@@ -179,7 +178,6 @@ def negative_log_likelihood(
     """
     L = 0 if T is None else min(len(s.left) for s in batch)
     hidden = forward(model, input_embeddings(model, batch, T), L)  # [B, len - L, d]
-    # Position t predicts token t + 1, so the prompt's last position predicts the first label.
     at = [(b, s.prompt - 1 - L + i, y) for b, s in enumerate(batch) for i, y in enumerate(s.labels)]
     rows, places, labels = torch.tensor(at, device=hidden.device).T
     return F.cross_entropy(model.logits(hidden[rows, places]), labels, reduction="sum")
@@ -315,6 +313,8 @@ def answer(
     None leaves the placeholders' own embeddings. jobs: pairs (index, number of the seed), by
     default all. ask(question) is what the LLM is asked. UserError, first, for a prompt too long.
     """
+    if type(questions) is str:
+        raise ValueError("questions must be a list, not a text")
     sequences = {q: sequence(tokenizer, ask(q), s.thoughts, []) for q in dict.fromkeys(questions)}
     for question, q in sequences.items():
         check_prompt(model.config, q.ids, question)

@@ -54,11 +54,11 @@ class Axis:
         return (value - low) / (high - low)
 
     def ticks(self) -> list[float]:
-        """About five round numbers, or powers of ten."""
+        """About five round numbers, whole ones where they are shown as such; or powers of ten."""
         if self.log:
             powers = range(math.ceil(math.log10(self.low)), math.floor(math.log10(self.high)) + 1)
             return [10.0**power for power in powers]
-        rough = (self.high - self.low) / 5
+        rough = max((self.high - self.low) / 5, self.style == "{:.0f}")
         step = 10 ** math.floor(math.log10(rough))
         step *= next(times for times in (1, 2, 2.5, 5, 10) if times * step >= 0.999 * rough)
         first = math.ceil(self.low / step - 1e-9)
@@ -113,6 +113,12 @@ class Chart:
         """Filled between y's low and high: points (x, low, high)."""
         around = [(x, high) for x, _, high in points] + [(x, low) for x, low, _ in points[::-1]]
         self.line(around, f"area {look}")
+
+    def cells(self, places: Sequence[tuple[float, float]], look: str, depth: float) -> None:
+        """Squares of side 1 around the places, all filled to the same depth, from 0 to 1."""
+        corners = [(self.at(x - 0.5, y + 0.5), self.at(x + 0.5, y - 0.5)) for x, y in places]
+        path = "".join(f"M{x0} {y0}H{x1}V{y1}H{x0}z" for (x0, y0), (x1, y1) in corners)
+        self.parts.append(f'<path class="cell {look}" fill-opacity="{depth}" d="{path}"/>')
 
     def mark(
         self, x: float, y: float, look: str, tip: str, href: str = "", radius: float = 4

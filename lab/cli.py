@@ -52,6 +52,9 @@ def leave(command: Callable[..., int], *arguments: Any) -> NoReturn:
         if getattr(sys, name) is None:  # closed: else a file of ours would get its number
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 (it stays open)
     sys.stdout.reconfigure(errors="replace")  # a terminal without Unicode gets question marks
+    if sys.flags.optimize > 1:
+        lacking = "python -OO takes out the docstrings that --help is made of: leave it out"
+        sys.exit(fail(Path(sys.argv[0]).name, lacking))
     try:
         try:
             code = command(*arguments)
@@ -97,8 +100,8 @@ def command(arguments: list[str], doc: str, settings: type, run: Callable, view:
         for name in ("protocol", "shots", "limit", "methods", "json"):
             if getattr(args, name, None) is not None and not many:
                 raise UserError(f"--{name} goes with --task or --data")
-        if getattr(args, "trace", False) and not (args.output or args.html):
-            raise UserError("--trace goes with --output or --html, which it is written to")
+        if getattr(args, "trace", False):
+            check_trace(args)
         view.check(args)
         with files.reserved(args.output, args.json, args.html):
             if many:
@@ -107,6 +110,11 @@ def command(arguments: list[str], doc: str, settings: type, run: Callable, view:
                 answer(args, settings, run, view)
 
     return guarded(prog, body, f"what was finished is in {args.output}" if args.output else "")
+
+
+def check_trace(args: argparse.Namespace) -> None:
+    if not (args.output or args.html):
+        raise UserError("--trace goes with --output or --html, which it is written to")
 
 
 def load(args: argparse.Namespace) -> tuple[Transformer, Tokenizer]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lab import cli, fast, files, flags, tasks
+from lab import cli, fast, files, flags, page, tasks
 from lab.coconut_eval import ALPHA, DROPOUT, RANK, bare, probe, score
 from lab.folder import locked
 from lab.grading import grade, read_answer
@@ -49,7 +49,7 @@ def command_line(name: str, method: ModuleType) -> argparse.ArgumentParser:
         add("--folder", required=True, help=written)
         losable = "steps that an interruption costs at most (default: 50)"
         add("--save-every", type=int, default=50, help=losable)
-        flags.add_flags(parser, "device dtype task data limit", task=task)
+        flags.add_flags(parser, "device dtype task data limit html", task=task)
         flags.add_settings(parser, method.Training)
         return parser
     made = "made by train" + ("; several, with commas, one row each" if name == "eval" else "")
@@ -57,7 +57,7 @@ def command_line(name: str, method: ModuleType) -> argparse.ArgumentParser:
     model = {"default": None, "help": whose.format("what the file was trained from")}
     flags.add_flags(parser, "model device dtype task data limit", model=model, task=task)
     if name == "eval":
-        flags.add_flags(parser, "batch-size output json")
+        flags.add_flags(parser, "batch-size output json html")
         add("--max-new-tokens", type=int, default=256, help="of each answer (default: 256)")
     return parser
 
@@ -78,7 +78,7 @@ def command(arguments: list[str], *modules: ModuleType) -> int:
         flags.check_given(args)
         flags.at_least(args, save_every=1, batch_size=1, max_new_tokens=1)
         given = vars(args).get
-        with files.reserved(given("output"), given("json")):
+        with files.reserved(given("output"), given("json"), given("html")):
             commands[name](args, *modules)
 
     keeps = f"{kept} keeps what was saved, and the same command goes on" if kept else ""
@@ -209,6 +209,8 @@ def train(
                 trainer.run(args.save_every, checkpointing=False)
         last = folder / "last.safetensors"
         print(f"{folder / FILE}: smallest held-out loss of the last stage; {last}: last step")
+        if args.html:
+            page.write_training(args.html, folder)
 
 
 def example(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import model as plain
-from lab import checkpoint, fast, flags, results, tasks
+from lab import checkpoint, fast, flags, page, results, tasks
 from lab.files import write_json
 from lab.identity import identified
 from lab.results import Job
@@ -142,7 +142,9 @@ def score(
         own |= {"device": it.model.device.type, "dtype": str(it.model.embed.weight.dtype)[6:]}
         own |= {"max_new_tokens": args.max_new_tokens, "batch_size": args.batch_size}
         solvers[row] = own | (identified(it.name) if it.lora else {}), solver(it)
-    result, _ = results.run(problems, task, solvers, 1, args.output, args.json)
+    result, records = results.run(problems, task, solvers, 1, args.output, args.json)
+    if args.html:
+        page.write(args.html, list(records.values()))
     if all(len(trainings) == 1 for trainings in same.values()):
         return
     print("\naccuracy, mean ± standard deviation over the trainings")

@@ -16,6 +16,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
+from lab.schema import check_record
 from model import UserError
 
 START = b'{"settings": {'  # every record begins with it, so that a half-written one is recognised
@@ -33,7 +34,10 @@ def plain_json(settings: dict) -> dict:
 
 def check_place(path: str | Path) -> None:
     """UserError, before the work is done, where no file can be written."""
-    folder = os.path.dirname(os.path.realpath(path))
+    try:
+        folder = os.path.dirname(os.path.realpath(path))
+    except FileNotFoundError:
+        raise UserError(f"cannot write {path}: the working directory is gone") from None
     if not os.path.isdir(folder) or os.path.isdir(path):
         raise UserError(f"cannot write {path}: make its folder first, and give a file's name")
     if os.path.exists(path) and not os.path.isfile(path):
@@ -129,6 +133,16 @@ def locked(path: str | Path) -> Iterator[None]:
 # ----------------------------------------------------------------------------------------- records
 
 
+def read(path: str | Path) -> bytes:
+    """A file's content. UserError where it cannot be read."""
+    try:
+        if Path(path).is_fifo() and Path(path).parent != Path("/dev/fd"):
+            raise UserError(f"{path} is a named pipe: give a file")  # nobody may ever write to it
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; check the path") from None
+
+
 def append(path: str | Path, record: dict) -> None:
     """Write one JSON line at the end of a file; it is on its way to the disk when this returns."""
     try:
@@ -167,6 +181,7 @@ def resume(
                 there, method = dict(record["settings"]), record["method"]
                 done[tuple(record[name] for name in key)] = record
                 _ = [record[name] for name in others]
+                check_record(record)
             except KeyError as error:
                 raise UserError(
                     f"{path}, line {n}: a record of something else (it has no {error}); {another}"

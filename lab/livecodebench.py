@@ -24,13 +24,11 @@ def exported(path: str | Path, method: str | None = None) -> list[dict]:
     UserError for a file that holds no records of the task livecodebench and of one method, with
     as many samples of each question.
     """
+    lines = files.read(path).splitlines()
     try:
-        lines = Path(path).read_bytes().splitlines()
         records = [json.loads(line) for line in lines]
         records = [r for r in records if r["settings"]["task"] == "livecodebench"]
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; check the path") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{path} is not a result file, as --output writes it") from None
     if not records:
         raise UserError(f"{path} holds no records of --task livecodebench")

@@ -118,26 +118,38 @@ document.addEventListener("click", (event) => { // in the curve of the entropy: 
   if (token) go(token);
 });
 
-for (const thought of document.querySelectorAll(".thought")) {
-  const first = thought.querySelector('.piece:not([data-start="None"])');
-  if (first) first.tabIndex = 0;
+function reach(root) { // by the tab key
+  for (const thought of root.querySelectorAll(".thought")) {
+    const first = thought.querySelector('.piece:not([data-start="None"])');
+    if (first) first.tabIndex = 0;
+  }
 }
 
 // ---------------------------------------------------------------- records
 
 const filter = document.getElementById("filter");
 
+function build(problem) { // of a large page: its records are a comment until they are wanted
+  const kept = [...problem.childNodes].find((node) => node instanceof Comment);
+  if (!kept) return;
+  problem.insertAdjacentHTML("beforeend", kept.data);
+  kept.remove();
+  reach(problem);
+  apply();
+}
+
 function apply() {
   const wanted = new FormData(filter), words = wanted.get("problem").toLowerCase();
+  const asked = ["label", "outcome", "end"].filter((name) => wanted.get(name));
   let count = 0, total = 0;
   for (const problem of document.querySelectorAll(".problem")) {
     let any = false;
     const named = !words || problem.firstElementChild.textContent.toLowerCase().includes(words)
       || problem.querySelector(".text").textContent.toLowerCase().includes(words);
-    for (const record of problem.querySelectorAll("article")) {
-      const fits = named && ["label", "outcome", "end"].every(
-        (name) => !wanted.get(name) || record.dataset[name] === wanted.get(name));
-      record.hidden = !fits;
+    for (const mark of problem.querySelectorAll(".mark")) {
+      const fits = named && asked.every((name) => wanted.get(name) === mark.dataset[name]);
+      const record = document.getElementById(mark.hash.slice(1));
+      if (record) record.hidden = !fits;
       any ||= fits;
       count += fits;
       total++;
@@ -148,14 +160,19 @@ function apply() {
 }
 
 function reveal() { // the record that the address names
+  const name = CSS.escape(location.hash.slice(1));
+  const mark = document.querySelector(`.mark[href="#${name}"]`);
+  if (mark) {
+    const problem = mark.closest(".problem");
+    build(problem);
+    problem.open = true;
+  }
   const target = document.getElementById(location.hash.slice(1));
   if (!target) return;
   if (target.hidden || target.closest(".problem[hidden]")) {
     filter.reset();
     apply();
   }
-  const problem = target.closest("details.problem");
-  if (problem) problem.open = true;
   target.scrollIntoView();
 }
 
@@ -164,5 +181,9 @@ if (filter) {
   filter.addEventListener("input", apply);
   filter.addEventListener("submit", (event) => event.preventDefault());
 }
+document.addEventListener("toggle", (event) => {
+  if (event.target.matches(".problem")) build(event.target);
+}, true);
 addEventListener("hashchange", reveal);
+reach(document);
 reveal();

@@ -13,8 +13,9 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from lab import costs, files, pictures, tables
+from lab import costs, files, pictures, soft_thoughts, tables
 from lab.charts import CSS, COLOURS, Chart, short, visible
+from lab.concepts import concepts
 from lab.pictures import Entry
 from lab.tasks import TASKS
 from lab.traces import Names, Trace, in_script, sentences, tokenizer_of
@@ -22,6 +23,7 @@ from model import UserError
 
 HERE = Path(__file__).parent
 STRETCH = 20_000  # characters of a text that are laid out together
+LARGE = 50_000  # steps, and 100 for each record, from which on records are built when opened
 
 # ------------------------------------------------------------------------------------------ groups
 
@@ -101,24 +103,28 @@ class Records:
         about |= {"outcome": pictures.outcome(entry)}
         about |= {"colour": pictures.colour(entry.group), "record": record, "href": entry.href}
         about |= {"length": tables.length(record)}
-        if "steps" in record:
+        if record.get("steps"):
             about["thought"] = self.thought(entry, others)
-        if "points" in record:
+        if record.get("points"):
             about["search"] = self.search(entry, others)
+        if record.get("soft_thoughts"):
+            about["soft_thoughts"] = self.soft_thoughts(entry)
         return about
 
-    def trace(self, entry: Entry) -> Trace:
-        name = self.model or str(entry.record["settings"].get("model"))
+    def names_of(self, record: dict) -> Names:
+        name = self.model or str(record["settings"].get("model"))
         if name not in self.names:
             self.names[name] = Names(tokenizer_of(name))
-        return Trace(entry.record, self.names[name], entry.number)
+        return self.names[name]
 
     def thought(self, entry: Entry, others: list[Entry]) -> dict:
-        trace, beside = self.trace(entry), None
+        trace, beside = Trace(entry.record, self.names_of(entry.record), entry.number), None
         if entry.record["method"] == "soft":
             beside = next((e for e in others if e.record["method"] in ("cot", "greedy")), None)
         said = sentences(beside.record["thought_text"]) if beside else ()
         self.charts.append(chart := pictures.entropy(trace))
+        if mixed := concepts(trace):  # the page itself shows every step's
+            self.charts.append(mixed)
         about = {"chart": drawn(chart), "rows": trace.rows(said), "data": Markup(trace.data())}
         about |= {"least_sure": trace.least_sure(), "strike": trace.strike}
         about |= {"steps": len(trace.steps), "model": list(self.names.values()).index(trace.names)}
@@ -142,6 +148,13 @@ class Records:
             rounds.append({"number": number, "candidates": candidates, "verdict": verdict})
         return {"charts": [drawn(chart) for chart in charts], "rounds": rounds}
 
+    def soft_thoughts(self, entry: Entry) -> dict:
+        found, names = entry.record["soft_thoughts"], self.names_of(entry.record)
+        self.charts += (charts := soft_thoughts.charts(entry.number, found))
+        near = [[(names.name(i), cosine) for i, cosine in of] for of in found["nearest"]]
+        rows = list(zip(found["norms"], near))
+        return {"charts": [drawn(chart) for chart in charts], "rows": rows}
+
     def names_json(self) -> Markup:
         known = [{i: visible(text) for i, text in n.known.items()} for n in self.names.values()]
         return Markup(in_script(known))
@@ -155,6 +168,13 @@ def parts(text: Any) -> Iterator[str]:
     """A text in stretches: a line of a million characters takes a browser seconds."""
     text = "" if text is None else str(text)
     return (text[i : i + STRETCH] for i in range(0, len(text), STRETCH))
+
+
+def commented(html: Markup) -> Markup:
+    """HTML for lab/page.js to build when it is wanted: its elements cost a browser far more time
+    than its text.
+    """
+    return Markup(f"<!--{str(html).replace('--', '-&#45;')}-->")
 
 
 # -------------------------------------------------------------------------------------------- page
@@ -208,7 +228,7 @@ def build(
         lstrip_blocks=True,
         finalize=lambda said: said if isinstance(said, Markup) else visible(said),
     )
-    environment.filters |= {"parts": parts, "short": short}
+    environment.filters |= {"parts": parts, "short": short, "commented": commented}
     environment.filters["json"] = lambda value: json.dumps(value, ensure_ascii=False)
     tasks = {str(entry.record["settings"].get("task", "")) for entry in entries} - {""}
     text = environment.get_template("page.html.jinja").render(
@@ -223,6 +243,7 @@ def build(
         trainings={name: [drawn(chart) for chart in of] for name, of in trainings.items()},
         problems=records.problems,
         total=len(entries),
+        large=sum(100 + len(entry.record.get("steps", ())) for entry in entries) > LARGE,
         ends=[end for end in ends if end],
         notes=notes,
         names=records.names_json(),
@@ -234,7 +255,14 @@ def build(
     return text, [*charts, *(c for of in trainings.values() for c in of), *records.charts]
 
 
-def write(path: str | Path, records: list[dict], name: str = "this run") -> None:
+def write(path: str | Path, records: list[dict]) -> None:
     """The page of a command's records in a file. UserError where it cannot be written."""
-    text, _ = build({name: records})
+    text, _ = build({"this run": records})
+    files.write(path, text)
+
+
+def write_training(path: str | Path, folder: Path) -> None:
+    """The page of a training's folder, from its log. UserError where it cannot be written."""
+    lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    text, _ = build({}, {str(folder): [json.loads(line) for line in lines]})
     files.write(path, text)

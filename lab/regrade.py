@@ -19,11 +19,11 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 from lab import at_k, cli, files, flags, grading, tables, tasks
 from lab.results import KEY, graded
 from lab.rows import plain_row
+from lab.schema import check_record
 from lab.tasks import TASKS, Problem, Task
 from model import UserError, split_thought
 
@@ -38,17 +38,15 @@ def read(path: str) -> list[dict]:
 
     Raises UserError for a file that cannot be read or holds something else, or a record twice.
     """
-    try:
-        content = Path(path).read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    content = files.read(path)
     whole, records = content[: content.rfind(b"\n") + 1], {}
     for n, line in enumerate(whole.splitlines(), 1):
         try:
             record = json.loads(line)
             lacking = [name for name in FIELDS if name not in record]
             lacking += [] if lacking or "task" in record["settings"] else ["settings.task"]
-        except (ValueError, TypeError):
+            _ = lacking or check_record(record)
+        except (ValueError, TypeError, KeyError, RecursionError):
             raise UserError(f"{path}, line {n}: not a record; delete the line") from None
         if lacking:
             of = "only a run with --task or --data makes records that can be graded"

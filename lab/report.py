@@ -4,19 +4,20 @@
     python -m lab.report soft.jsonl cot.jsonl out/log.jsonl --output page.html
 
 A FILE is what a run's --output wrote, or the log.jsonl of a training's folder. Records made with
---trace show every concept token. --svg writes all pictures as files; --logprobs the thoughts as
-JSON lines in the form of OpenAI's chat completions with `top_logprobs`.
+--trace show every concept token, or every soft thought. --svg writes all pictures as files;
+--logprobs the thoughts as JSON lines in the form of OpenAI's chat completions with `top_logprobs`.
 """
 
 import argparse
 import json
-import math
+import os
 import re
 import sys
 from pathlib import Path
 
 from lab import cli, files, flags, page, traces
 from lab.charts import Chart
+from lab.schema import IDS, check_record, misfit
 from model import UserError
 
 FIELDS = ("method", "settings", "question", "answer_text")
@@ -29,10 +30,7 @@ def read(path: str) -> tuple[list[dict], str]:
 
     Raises UserError for a file that cannot be read, holds something else, or no record.
     """
-    try:
-        content = Path(path).read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    content = files.read(path)
     whole, records = content[: content.rfind(b"\n") + 1], []
     for n, line in enumerate(whole.split(b"\n")[:-1], 1):
         try:
@@ -50,33 +48,42 @@ def read(path: str) -> tuple[list[dict], str]:
 def check(record: dict) -> None:
     """Raise what a line raises that is neither a record nor a line of a log."""
     if "step" in record and "method" not in record:
-        if not all(isinstance(value, (int, float, type(None))) for value in record.values()):
-            raise TypeError
+        finite(record["step"], *(value for value in record.values() if value is not None))
         return
-    texts = [record["method"], record["question"], record["answer_text"]]
-    texts += [point["text"] for point in record.get("points", ())]
-    texts += record.get("texts", ())
-    record["settings"].get("task")
-    if not all(isinstance(text, str) for text in texts):
-        raise TypeError
-    if "correct" in record:
-        for name in GRADES:
-            record[name]
-    for point in record.get("points", ()):
+    for name in FIELDS + (GRADES if "correct" in record else ()):
+        record[name]
+    check_record(record)
+    for point in record.get("points") or ():
         finite(*point["u"], point["reward"], point["tokens"], point["round"])
-    for token, step in zip(record.get("thought_ids", ()), record.get("steps", ())):
-        finite(*step["probs"], step["entropy"], token, *step["ids"])
+        finite(*(point[name] or 0 for name in ("reward_verifier", "reward_coherence", "ei")))
+        finite(*(verdict["tokens"] for verdict in record["verdicts"]))
+    steps = record.get("steps") or ()
+    for token, step in zip(record["thought_ids"] if steps else (), steps, strict=True):
+        finite(*step["probs"], step["entropy"])
+        check_ids(token, *step["ids"])
+    if found := record.get("soft_thoughts"):
+        norms, cosines, nearest = (found[name] for name in ("norms", "cosines", "nearest"))
+        finite(*norms, *(cosine for row in cosines for cosine in row))
+        finite(*(cosine for near in nearest for _, cosine in near))
+        check_ids(*(token for near in nearest for token, _ in near))
+        if [len(row) for row in cosines] != list(range(len(norms))) or not norms:
+            raise ValueError
 
 
 def finite(*numbers: float) -> None:
     """ValueError for one that no picture can show, TypeError for what is none."""
-    if not all(map(math.isfinite, numbers)):
+    if not all(-1e300 < number < 1e300 for number in numbers):
+        raise ValueError
+
+
+def check_ids(*tokens: int) -> None:
+    if misfit("ids", list(tokens), IDS):
         raise ValueError
 
 
 def log_of(path: str) -> str:
     """A training's folder stands for its log."""
-    return str(Path(path) / "log.jsonl") if Path(path).is_dir() else path
+    return os.path.join(path, "log.jsonl") if os.path.isdir(path) else path
 
 
 def write_pictures(folder: str, charts: list[Chart]) -> None:

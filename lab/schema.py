@@ -1,4 +1,4 @@
-"""What a model's JSON files may hold: a table of field, type and range for each, and one reader."""
+"""What JSON files may hold, a model's and our results: tables of field, type and range."""
 
 import json
 from fnmatch import fnmatch
@@ -60,6 +60,22 @@ FIELDS = {
         **{f"{name}_token": TEXT for name in ("bos", "eos", "unk", "pad", "sep", "cls", "mask")},
     },
     "model.safetensors.index.json": {},
+}
+COUNT = (int, (0, 10**12))
+RECORD = {  # of a result file: what is read of it again
+    "method": str,
+    "problem": str,
+    "sample": COUNT,
+    "question": str,
+    "choices": {},
+    "correct": bool,
+    "thought_text": str,
+    "answer_text": str,
+    "thought_tokens": COUNT,
+    "answer_tokens": COUNT,
+    "seconds": (float, (0, 1e12)),
+    "stopped_by": str,
+    "settings": {"task": str, "cold_stop_entropy": float, "cold_stop_steps": int},
 }
 NAMES = {str: "a text", bool: "true or false", int: "a whole number", float: "a number"}
 OTHERS = ("tokenizer.json", "chat_template.jinja", "*.safetensors")
@@ -128,3 +144,17 @@ def misfit(name: str, value: Any, wanted: Any) -> str | None:
 def shown(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 40 else f"{text[:40]}..."
+
+
+def check_record(record: dict) -> None:
+    """Raise ValueError, TypeError or KeyError for a record that no program of ours wrote."""
+    if fault := first_fault(record, RECORD):
+        raise ValueError(fault)
+    lists = [record.get(name) or [] for name in ("points", "verdicts", "texts")]
+    if not all(isinstance(items, list) for items in lists):
+        raise TypeError
+    texts = [said["text"] for said in lists[0] + lists[1]] + lists[2]
+    if not all(isinstance(text, str) for text in texts):
+        raise TypeError
+    if texts and not isinstance(record["answers"], list):
+        raise TypeError

@@ -13,17 +13,16 @@ from types import ModuleType
 from typing import NoReturn
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from lab import cli, files, flags, page, protocols, results, show, softcot_variants, tables, tasks
+from lab import cli, files, flags, page, protocols, results, show, soft_thoughts, softcot_variants
+from lab import tables, tasks
 from lab.fast import load
 from lab.folder import locked
 from lab.identity import identified
 from lab.softcot_variants import METHODS, Answering, variants
 from lab.trained import BEST, identity, kept_hidden
 from lab.training import Trainer
-from model import Tokenizer, Transformer, UserError, check_prompt
+from model import UserError, check_prompt
 
 PROG = "softcot.py"
 
@@ -56,6 +55,7 @@ def command_line(command: str | None, method: ModuleType) -> argparse.ArgumentPa
         add("--save-every", type=int, default=50, help=losable)
         less = "recompute layers in the backward pass: less memory, more time"
         add("--checkpointing", action="store_true", help=less)
+        flags.add_flags(parser, "html")
         flags.add_settings(parser, method.Training)
         return parser
     made = "made by train; eval takes several, with commas, one row each (default: bundled)"
@@ -70,8 +70,9 @@ def command_line(command: str | None, method: ModuleType) -> argparse.ArgumentPa
     number = "N, or several with commas, one row each (default: as many as were trained)"
     add("--thoughts", default=None, help=number)
     chosen = f"of {', '.join(METHODS)} (default: all, lora only with --lora)"
-    names = "protocol run-generated-code methods seed batch-size output json html"
-    flags.add_flags(parser, names, methods={"help": chosen})
+    names = "protocol run-generated-code methods seed batch-size output trace json html"
+    traced = "with --output or --html: norms, cosines and nearest tokens of the soft thoughts too"
+    flags.add_flags(parser, names, methods={"help": chosen}, trace={"help": traced})
     told = "--no-thinking answers at once, where the model's template knows how (Qwen3)"
     add("--thinking", action=argparse.BooleanOptionalAction, default=True, help=told)
     own = "of cot-unk, made by train (default: the placeholders' own embeddings)"
@@ -92,6 +93,8 @@ def command(arguments: list[str], *modules: ModuleType) -> int:
         least = {"num_samples": 1, "seeds": 1, "batch_size": 1, "save_every": 1}
         flags.at_least(args, **least, max_new_tokens=1, seed=0)
         run, given = {"train": train, "eval": score, None: answer}[name], vars(args).get
+        if given("trace"):
+            cli.check_trace(args)
         with files.reserved(given("output"), given("json"), given("html")):
             run(args, *modules)
 
@@ -185,6 +188,8 @@ def train(
                 trainer.run(args.save_every, args.checkpointing)
         best, last = folder / BEST[s.method], folder / "last.safetensors"
         print(f"{best}: smallest held-out loss; {last}: last step")
+        if args.html:
+            page.write_training(args.html, folder)
 
 
 # -------------------------------------------------------------------------------------------- eval
@@ -209,8 +214,8 @@ def score(
         make = "python softcot.py train --method lora --folder FOLDER"
         raise UserError(f"--methods lora needs --lora FOLDER: `{make}`")
     numbers = args.thoughts.split(",") if args.thoughts else []
-    if not all(n.isdecimal() for n in numbers):
-        numbers = "numbers from 0 on, with commas between them"
+    if not all(n.isdecimal() and len(n) < 7 for n in numbers):
+        numbers = "numbers from 0 on, below a million, with commas between them"
         raise UserError(f"--thoughts takes {numbers}, not {args.thoughts!r}")
     name = "data" if args.data and not args.task else args.task or "tiny"
     problems = tasks.load(name, args.data, args.limit, args.run_generated_code)
@@ -231,7 +236,9 @@ def score(
         "prompt_version": method.PROMPT_VERSION,
         "batch_size": args.batch_size,
     }
-    solve = Answering(method, lora, prompts, model, tokenizer, task, s, args.seed, args.batch_size)
+    base |= {"trace": True} if args.trace else {}
+    about = (method, lora, prompts, model, tokenizer, task, s, args.seed, args.batch_size)
+    solve = Answering(*about, args.trace)
     solvers = {}
     for row, (own, variant) in rows.items():
         assistant = identified(variant.name, "assistant_") if variant.name else {}
@@ -275,22 +282,7 @@ def answer(
     thoughts = method.think_one(*soft.assistant, soft.trained, tasks.prompt(problem, task), soft.n)
     measures = "norm in mean embedding norms, nearest tokens and the cosine of the angle to them"
     print(f"\nsoft thoughts: {measures}")
-    print("\n".join(nearest_tokens(model, tokenizer, thoughts)))
+    name = lambda token: tokenizer.decode([token])
+    print("\n".join(soft_thoughts.lines(soft_thoughts.measured(model, thoughts), name)))
     if gold:
         print(f"\nthe right answer is {gold}")
-
-
-@torch.no_grad()
-def nearest_tokens(
-    model: Transformer, tokenizer: Tokenizer, thoughts: Tensor, k: int = 3
-) -> list[str]:
-    """For each soft thought [n, d]: the tokens whose embeddings are nearest by angle; its norm."""
-    E, T = model.embed.weight.float(), thoughts.float()
-    cosine, ids = (F.normalize(T, dim=-1) @ F.normalize(E, dim=-1).T).topk(k)
-    norms = T.norm(dim=-1) / E.norm(dim=-1).mean()
-    lines = []
-    for i, norm in enumerate(norms.tolist()):
-        pairs = zip(ids[i].tolist(), cosine[i].tolist())
-        near = [f"{tokenizer.decode([t])!r} {c:+.2f}" for t, c in pairs]
-        lines.append(f"{i + 1:3}  norm {norm:7.2f}  " + "  ".join(near))
-    return lines

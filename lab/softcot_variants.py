@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lab import tasks
+from lab import soft_thoughts, tasks
 from lab.flags import ROOT, TINY
 from lab.fast import load
 from lab.grading import reader, vote
@@ -167,6 +167,7 @@ class Answering:
     s: Any  # softcot.Settings, but for the number of thoughts
     seed: int
     batch_size: int
+    trace: bool = False  # what is fed in the thoughts' places is measured, too
 
     def by(self, variant: Variant) -> Callable[[list[Job]], Iterator[tuple]]:
         """A solver for lab.results.run."""
@@ -192,6 +193,14 @@ class Answering:
             hints = self.prompts.hints(*variant.assistant, questions, variant.n, self.batch_size)
             ask = lambda q: self.prompts.HINT.format(question=q, hint=hints[q])
         self.check(variant, [(q, ask(q)) for q in dict.fromkeys(questions)], n)
+        seen: dict[str, dict] = {}  # question -> what a trace keeps of its thoughts
+
+        def thought(question: str, n: int) -> Tensor:
+            T = think(question, n)
+            if self.trace:
+                seen[question] = {"soft_thoughts": soft_thoughts.measured(self.model, T)}
+            return T
+
         numbered = [(i, seed) for i, (_, seed) in enumerate(jobs)]
         drawn: dict[int, dict[int, dict]] = {}  # job -> number of the draw -> its record
         began: dict[int, float] = {}
@@ -204,7 +213,7 @@ class Answering:
                 self.tokenizer,
                 questions,
                 replace(s, thoughts=n),
-                think,
+                think and thought,
                 self.seed,
                 numbered,
                 self.batch_size,
@@ -216,6 +225,7 @@ class Answering:
                 if len(drawn[j]) == s.num_samples:
                     draws = [drawn[j][i] for i in range(s.num_samples)]
                     whole = voted(draws, jobs[j][0], self.task.tolerance)
+                    whole |= seen.get(questions[j], {})
                     yield *jobs[j], whole | {"seconds": now - began[j]}
                     del drawn[j]
 

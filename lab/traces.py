@@ -21,13 +21,13 @@ PIECE = 200  # tokens at most that one row of the page holds
 
 def tokenizer_of(name: str) -> Tokenizer | None:
     """That of a model which is here: a folder, or in the Hugging Face cache. Nothing is fetched."""
-    folder = Path(name).expanduser()
-    if not folder.is_dir():
-        name = ALIASES.get(name.lower(), name)
-        try:
+    try:
+        folder = Path(name).expanduser()
+        if not folder.is_dir():
+            name = ALIASES.get(name.lower(), name)
             folder = Path(huggingface_hub.snapshot_download(name, local_files_only=True))
-        except (OSError, ValueError):  # not in the cache; no name of a repository
-            return None
+    except (OSError, ValueError, RuntimeError):  # not in the cache; no name of a repository
+        return None
     return Tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
 
 

@@ -120,7 +120,10 @@ def test_distances_and_groups():
 
 @pytest.mark.parametrize("method", ["coconut", "pause", "cot", "no-cot"])
 def test_a_training_from_nothing_is_evaluated(method, tmp_path, problems_file, capsys):
-    assert trains(tmp_path / "a", "--from-nothing", "--method", method, data=problems_file) == 0
+    page = tmp_path / "page.html"
+    options = ["--from-nothing", "--method", method, "--html", page]
+    assert trains(tmp_path / "a", *options, data=problems_file) == 0
+    assert "Held-out accuracy" in page.read_text(encoding="utf-8")
     files, log = outcome(tmp_path / "a")
     thoughts = [line["thoughts"] for line in log if "dev_loss" in line]
     assert thoughts == {"coconut": [0, 0, 1, 2, 2], "pause": [2] * 5}.get(method, [0] * 5)
@@ -129,7 +132,9 @@ def test_a_training_from_nothing_is_evaluated(method, tmp_path, problems_file, c
     assert {name for name in best if "." not in name} == own
     assert all(torch.isfinite(x).all() for x in best.values())
     path, table = tmp_path / "a" / "coconut.safetensors", tmp_path / "table.json"
-    code = main("eval", "--trained", path, "--limit", 5, "--json", table, "--max-new-tokens", 9)
+    few = ["--limit", 5, "--max-new-tokens", 9]
+    code = main("eval", "--trained", path, *few, "--json", table, "--html", page)
+    assert page.read_text(encoding="utf-8").count("<article") == 5
     row = json.loads(table.read_text())["methods"][0]
     assert code == 0 and row["method"] == method and row["tokens"] > len(own)
 

@@ -133,7 +133,8 @@ def test_settings_of_the_others_are_refused_too():
 
 def test_one_text_is_not_a_list_and_a_missing_sample_is_an_error(folder_of):
     model, tokenizer = load(str(folder_of("qwen3")), "cpu")
-    with pytest.raises(ValueError, match="must be a list"):
-        next(soft_thinking.think(model, tokenizer, "2+2?"))
+    for answers in (soft_thinking.think, softcot.answer):
+        with pytest.raises(ValueError, match="must be a list"):
+            next(answers(model, tokenizer, "2+2?"))
     with pytest.raises(ValueError, match="shorter"):
         list(soft_thinking.think(model, tokenizer, ["a", "b"], Settings(max_new_tokens=2), 0, [0]))

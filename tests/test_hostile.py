@@ -3,11 +3,14 @@
 import json
 import os
 import random
+import re
+import subprocess
+import sys
 import time
 
 import pytest
 import torch
-from conftest import TEMPLATE, edit, write_tokenizer
+from conftest import ROOT, TEMPLATE, edit, write_tokenizer
 
 from baselines import lora
 from lab import checkpoint, tasks, template
@@ -115,6 +118,13 @@ def test_a_compiler_that_fails_is_a_line(folder_of, monkeypatch):
     cache.reserve(1)
     with pytest.raises(UserError, match="CppCompileError: C.. compile error.: leave --compile out"):
         CompiledStep(model)(model.embed(torch.tensor([1])), cache)
+
+
+def test_python_without_docstrings_is_a_line():
+    command = [sys.executable, "-OO", "soft_thinking.py", "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and not done.stdout
+    assert re.fullmatch("soft_thinking.py: python -OO takes out .*: leave it out\n", done.stderr)
 
 
 # --------------------------------------------------------------------------------------- templates

@@ -1,6 +1,7 @@
 """lab/programs.py and lab/livecodebench.py: programs read out of texts, graded, and handed on."""
 
 import json
+import os
 
 import pytest
 
@@ -159,6 +160,9 @@ def test_what_livecodebench_cannot_be_given_is_one_line(results, tmp_path, capsy
     other, cut = tmp_path / "other.jsonl", tmp_path / "cut.jsonl"
     other.write_text('{"settings": {"task": "gsm8k"}}\n')
     cut.write_text("".join(results.read_text().splitlines(keepends=True)[:3]))
+    deep = tmp_path / "deep.jsonl"
+    deep.write_text("[" * 100_000)
+    os.mkfifo(tmp_path / "pipe")
     capsys.readouterr()
     for arguments, said in (
         ([results], "holds several methods: pass --method, one of soft, cot"),
@@ -166,6 +170,8 @@ def test_what_livecodebench_cannot_be_given_is_one_line(results, tmp_path, capsy
         ([other], "holds no records of --task livecodebench"),
         ([cut], "holds 1 samples of b and 2 of others: let the run finish first"),
         ([__file__], "is not a result file"),
+        ([deep], "is not a result file"),
+        ([tmp_path / "pipe"], "is a named pipe"),
         ([tmp_path / "none"], "No such file"),
     ):
         arguments = [*map(str, arguments), "-o", str(tmp_path / "x.json")]

@@ -103,9 +103,18 @@ def test_the_defaults_are_the_papers():
     assert (sampling.Settings().k, sampling.Settings().dimension) == (5, 50)
 
 
-def test_the_pictures_are_well_formed_and_know_both_colour_schemes():
+FIGURES = sorted((ROOT / "lab" / "figures").glob("*"))
+
+
+@pytest.mark.parametrize("path", [ROOT / "lab" / "seam.svg", *FIGURES], ids=lambda path: path.name)
+def test_the_pictures_are_well_formed_and_know_both_colour_schemes(path):
     import xml.dom.minidom
 
-    text = (ROOT / "lab" / "seam.svg").read_text()
+    text = path.read_text(encoding="utf-8")
     xml.dom.minidom.parseString(text)
     assert "prefers-color-scheme: dark" in text and "<title" in text
+    assert "href" not in text and "<script" not in text
+
+
+def test_the_figures_are_small():
+    assert FIGURES and sum(path.stat().st_size for path in FIGURES) < 150_000

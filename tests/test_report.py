@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -17,7 +18,8 @@ from test_cli import reason, records_of, think
 
 import softcot
 from baselines import lora, prompts
-from lab import charts, costs, pictures, report, softcot_cli, tables, traces
+from lab import charts, costs, page, pictures, report, soft_thoughts, softcot_cli, tables, traces
+from lab.concepts import concepts
 from lab.pictures import Entry
 from lab.tasks import TASKS
 from model import Tokenizer
@@ -42,7 +44,7 @@ class Page(HTMLParser):
     def __init__(self, text):
         super().__init__()
         self.root = SimpleNamespace(tag="", attrs={}, children=[])
-        self.open = [self.root]
+        self.open, self.comments = [self.root], []
         self.feed(text)
         self.close()
         assert self.open == [self.root]
@@ -55,6 +57,9 @@ class Page(HTMLParser):
 
     def handle_endtag(self, tag):
         assert self.open.pop().tag == tag
+
+    def handle_comment(self, data):
+        self.comments.append(data)
 
     def handle_data(self, data):
         self.open[-1].children.append(data)
@@ -116,7 +121,7 @@ def runs(tmp_path_factory):
     methods = ["--methods", "soft,greedy,sc", "--output", str(files["reason"])]
     assert reason([*tiny, "2", *few, *methods]) == 0
     methods = ["--methods", "zero-shot-cot,softcot", "--output", str(files["softcot"])]
-    assert evaluates([*tiny, "2", *methods]) == 0
+    assert evaluates([*tiny, "2", *methods, "--trace"]) == 0
     torch.set_num_threads(threads)
     log = folder / "trained" / "log.jsonl"
     log.parent.mkdir()
@@ -159,16 +164,35 @@ def test_every_record_is_there_and_every_mark_leads_to_one(runs, name, tmp_path)
     assert sorted(articles) == sorted(f"r{i}" for i in range(len(of)))
     methods = list(dict.fromkeys(record["method"] for record in of))
     for i, record in enumerate(of):
-        article = articles[f"r{i}"]
-        assert article.attrs["data-label"] == str(methods.index(record["method"]))
-        assert (article.attrs["data-outcome"] == "right") == record["correct"]
-        assert article.attrs["data-end"] == (record.get("stopped_by") or "")
-        assert record["answer_text"] in said(article)
+        (mark,) = html.all("a", **{"class": "mark", "href": f"#r{i}"})
+        assert mark.attrs["data-label"] == str(methods.index(record["method"]))
+        assert (mark.attrs["data-outcome"] == "right") == record["correct"]
+        assert mark.attrs["data-end"] == (record.get("stopped_by") or "")
+        assert record["answer_text"] in said(articles[f"r{i}"])
     ids = {element.attrs["id"] for element in html.all() if "id" in element.attrs}
     links = [a.attrs["href"] for a in html.all("a")]
     assert {f"#r{i}" for i in range(len(of))} <= set(links) <= {f"#{name}" for name in ids}
     drawn = [a.attrs["href"] for svg in html.all("svg") for a in html.all("a", svg)]
     assert all(drawn.count(f"#r{i}") == 1 for i in range(len(of)))  # of the lengths
+
+
+def test_a_large_page_keeps_its_records_as_comments_of_the_same_elements(
+    runs, hostile, tmp_path, monkeypatch
+):
+    """Also where texts hold what would end a comment: HOSTILE."""
+    for files in ([hostile], [runs.think]):
+        whole = made(tmp_path, *files)
+        monkeypatch.setattr(page, "LARGE", 0)
+        large = made(tmp_path, *files)
+        monkeypatch.undo()
+        assert not list(large.all("article")) and list(large.all("noscript"))
+        built = Page("".join(large.comments))
+        for name in ("article", "script", "svg", "p"):
+            there = [(e.attrs, said(e)) for e in built.all(name)]
+            inside = [(e.attrs, said(e)) for x in whole.all(**{"class": "entries"})
+                      for e in whole.all(name, x)]  # fmt: skip
+            assert there == inside
+        assert len(list(large.all("a", **{"class": "mark"}))) == len(list(built.all("article")))
 
 
 def test_the_page_asks_nothing_of_a_network_and_runs_no_script_but_its_own(runs, tmp_path):
@@ -238,6 +262,42 @@ def test_a_search_shows_its_candidates_round_by_round(runs, tmp_path):
                 wanted = [f"{point['reward_verifier']:.0f}", f"{point['reward_coherence']:.4f}"]
                 assert numbers == [*wanted, ei, gain] and point["text"] in said(card)
             best = max([best, *(point["reward"] for point in points)])
+
+
+def test_soft_thoughts_are_drawn_and_named(runs, tmp_path):
+    of, html = records_of(runs.softcot), made(tmp_path, runs.softcot)
+    tokenizer = Tokenizer(TINY)
+    for i, record in enumerate(of):
+        (article,) = html.all("article", id=f"r{i}")
+        pictures = [svg.attrs["aria-label"] for svg in html.all("svg", article)]
+        if record["method"] != "softcot":
+            assert not pictures
+            continue
+        found = record["soft_thoughts"]
+        assert len(found["norms"]) == 16 and pictures[0].startswith("Norms")
+        tips = [said(title) for c in html.all("circle", article) for title in html.all("title", c)]
+        assert tips == [f"thought {k}: norm {norm:.2f}" for k, norm in enumerate(found["norms"], 1)]
+        pairs = [cosine for row in found["cosines"] for cosine in row]
+        assert pictures[1].endswith(f"mean {sum(pairs) / len(pairs):+.2f}")
+        assert len(pairs) == 16 * 15 / 2
+        _, *rows = rows_of(next(html.all("table", article)), html)
+        for row, near in zip(rows, found["nearest"], strict=True):
+            wanted = [f"{traces.Names(tokenizer).name(i)} {cosine:+.2f}" for i, cosine in near]
+            assert row[2].split() == " ".join(wanted).split()
+
+
+def test_a_heat_map_has_a_cell_for_each_two_thoughts():
+    chart = soft_thoughts.heat_map(0, [[], [0.5], [-0.5, 0.04]])
+    cells = re.findall(r'class="cell (c\d)" fill-opacity="([\d.]+)" d="([^"]+)"', chart.svg())
+    counts = {(look, depth): path.count("M") for look, depth, path in cells}
+    assert counts == {("c1", "1.0"): 3, ("c1", "0.5"): 2, ("c0", "0.5"): 2, ("c1", "0.0"): 2}
+    boxes = [re.findall(r"M([\d.]+) ([\d.]+)H([\d.]+)V([\d.]+)", path) for *_, path in cells]
+    corners = [list(map(float, box)) for of in boxes for box in of]
+    areas = [(x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in corners]
+    wide, tall = 640 - chart.left - chart.right, chart.height - chart.top - chart.bottom
+    assert sum(areas) == pytest.approx(wide * tall, rel=1e-3)
+    same = soft_thoughts.heat_map(0, [[1.0] * i for i in range(8)])  # collapsed
+    assert same.svg().count('class="cell') == 1
 
 
 def test_a_training_is_drawn_from_its_log(runs, tmp_path):
@@ -331,6 +391,11 @@ def test_a_mistake_is_one_line(runs, tmp_path, capsys):
         file.write_text(text)
         error = failing([file, *out], capsys)
         assert "holds no records" in error if not text else "line 1: not a record" in error
+    one = next(r for r in records_of(runs.softcot) if "soft_thoughts" in r)
+    for name, value in (("norms", []), ("cosines", [[1]]), ("nearest", [[[1]]]), ("norms", "x")):
+        bad = one | {"soft_thoughts": one["soft_thoughts"] | {name: value}}
+        file.write_text(json.dumps(bad) + "\n")
+        assert "line 1: not a record" in failing([file, *out], capsys)
     assert "cannot write" in failing([runs.think, "-o", tmp_path / "no" / "x.html"], capsys)
     assert "cannot write" in failing([runs.think, "-o", tmp_path], capsys)
     assert "cannot write" in failing([runs.think, *out, "--svg", runs.think], capsys)
@@ -342,6 +407,39 @@ def test_a_mistake_is_one_line(runs, tmp_path, capsys):
     file.write_text("".join(json.dumps(record) + "\n" for record in other))
     assert "mixed tasks (gsm8k, tiny)" in failing([runs.think, file, *out], capsys)
     assert not (tmp_path / "x.html").exists() and not (tmp_path / "l.jsonl").exists()
+
+
+STRANGE = {
+    "problem": [7, ["a"]],
+    "choices": ["abc", ["a"]],
+    "correct": ["yes"],
+    "seconds": ["fast", float("inf")],
+    "thought_tokens": ["x"],
+    "answer_tokens": [-5, 10**400],
+    "stopped_by": [{}],
+    "settings": [{"task": 5}, []],
+    "steps": [{"a": 1}, [{}], 7],
+    "thought_ids": [[], ["a"], [-1] * 99, [10**30] * 99],
+    "texts": ["abc", ["a"]],
+    "points": [[{}], {"a": 1}],
+    "soft_thoughts": [[1], {"norms": [1.0]}],
+}
+
+
+def test_a_record_of_strange_values_is_not_a_record(runs, tmp_path, capsys):
+    record, file = records_of(runs.think)[0], tmp_path / "strange.jsonl"
+    for name, values in STRANGE.items():
+        for value in values:
+            file.write_text(json.dumps(record | {name: value}) + "\n")
+            error = failing([file, "-o", tmp_path / "x.html"], capsys)
+            assert error.endswith("line 1: not a record; delete the line"), name
+    for line in ('{"step": null, "loss": 1}', '{"step": 1, "loss": NaN}', '{"step": 1e999}'):
+        file.write_text(line + "\n")
+        assert "not a record" in failing([file, "-o", tmp_path / "x.html"], capsys)
+    os.mkfifo(tmp_path / "pipe")
+    assert "is a named pipe" in failing([tmp_path / "pipe", "-o", tmp_path / "x.html"], capsys)
+    assert "cannot read" in failing(["x" * 5000, "-o", tmp_path / "x.html"], capsys)
+    assert traces.tokenizer_of("x" * 5000) is traces.tokenizer_of("~nobody-here/x") is None
 
 
 def test_a_half_written_last_line_is_left_out_with_a_note(runs, tmp_path, capsys):
@@ -435,6 +533,21 @@ def test_a_token_that_is_not_the_most_probable_one_says_which_is():
     record["settings"]["noise"] = "dirichlet"
     assert trace.greedy == {1: 5}  # kept
     assert traces.Trace(record, trace.names).greedy == {}
+
+
+def test_concept_tokens_are_drawn_where_a_thought_is_least_sure():
+    """Bars as long as the shares; none for a thought of single tokens."""
+    record = record_of([0.0] * 4 + [1.0] * 3 + [0.0] * 4)
+    for t, probs in ((4, [0.5, 0.5]), (5, [0.7, 0.2, 0.1])):
+        record["steps"][t] |= {"ids": list(range(7, 7 + len(probs))), "probs": probs}
+    chart = concepts(traces.Trace(record, traces.Names(None)))
+    assert (chart.x.low, chart.x.high) == (2.5, 7.5)  # the first five that hold all three
+    bars = re.findall(r'class="area c0" d="M([\d.]+) [\d.]+L([\d.]+) ', chart.svg())
+    wide = 0.94 * (640 - chart.left - chart.right) / 5
+    shares = [(float(end) - float(start)) / wide for start, end in bars]
+    assert shares == pytest.approx([1, 1, 0.5, 0.5, 0.7, 0.2, 0.1, 1], abs=0.01)
+    assert chart.svg().count("#8") == 2 and ">70%<" in chart.svg()
+    assert concepts(traces.Trace(record_of([1.0] * 3), traces.Names(None))) is None
 
 
 def test_characters_of_several_tokens_are_whole(folder_of):
@@ -550,7 +663,10 @@ const said = {};
 const panel = document.getElementById("panel");
 const read = () => [...panel.querySelectorAll("div")].map((row) =>
   [row.firstChild.textContent, row.lastChild.textContent]);
-for (const details of document.querySelectorAll("details.problem")) details.open = true;
+for (const details of document.querySelectorAll("details.problem")) {
+  details.open = true;
+  details.dispatchEvent(new Event("toggle")); // else it comes later
+}
 said.steps = [...document.querySelectorAll("article .thought")].map((thought) => {
   thought.querySelector(".piece[data-start='0']").focus();
   const steps = [];
@@ -578,7 +694,7 @@ for (const [name, value] of CASES) {
 }
 location.hash = "r1";
 addEventListener("hashchange", () => {
-  said.revealed = document.getElementById("r1").checkVisibility();
+  said.revealed = document.getElementById(location.hash.slice(1)).checkVisibility();
   said.requests = performance.getEntriesByType("resource").map((entry) => entry.name);
   const out = document.createElement("pre");
   out.id = "said";
@@ -598,8 +714,12 @@ def opened(path, *flags):
 
 
 @browser
-def test_in_a_browser_hover_focus_and_filters_show_what_the_file_holds(runs, tmp_path):
+@pytest.mark.parametrize("large", [False, True])
+def test_in_a_browser_hover_focus_and_filters_show_what_the_file_holds(
+    large, runs, tmp_path, monkeypatch
+):
     of = records_of(runs.think)
+    monkeypatch.setattr(page, "LARGE", 0 if large else page.LARGE)
     made(tmp_path, runs.think)
     cases = [["outcome", "right"], ["outcome", "wrong"], ["label", "1"], ["end", "think_end"]]
     cases += [["problem", of[0]["problem"]], ["problem", ""]]

@@ -253,9 +253,20 @@ def test_a_file_of_something_else_is_left_alone(tmp_path):
     output = tmp_path / "out.jsonl"
     run(PROBLEMS, TASKS["tiny"], methods({}, soft=adder()), output=output)
     lines = output.read_text().splitlines()
-    output.write_text("\n".join([*lines[:2], "{damaged", *lines[3:]]) + "\n")
-    with pytest.raises(UserError, match="line 3: not a record; delete the line"):
-        run(PROBLEMS, TASKS["tiny"], methods({}, soft=adder()), output=output)
+    strange = json.dumps(json.loads(lines[2]) | {"answer_tokens": "3"})
+    for third in ("{damaged", strange):
+        output.write_text("\n".join([*lines[:2], third, *lines[3:]]) + "\n")
+        with pytest.raises(UserError, match="line 3: not a record; delete the line"):
+            run(PROBLEMS, TASKS["tiny"], methods({}, soft=adder()), output=output)
+
+
+def test_a_working_directory_that_is_gone_is_a_line(tmp_path, monkeypatch):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    with pytest.raises(UserError, match="cannot write out.jsonl: the working directory is gone"):
+        run(PROBLEMS, TASKS["tiny"], methods({}, soft=adder()), output="out.jsonl")
 
 
 def test_an_interrupt_keeps_what_is_finished(tmp_path):

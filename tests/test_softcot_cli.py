@@ -11,13 +11,14 @@ from softcot_pair import PROBLEMS, data, evaluates, lengthen, loaded, main, pair
 
 import softcot
 from baselines import lora, prompts
-from lab import fast, flags, softcot_variants, tasks, trained
-from lab.softcot_cli import command_line, nearest_tokens
+from lab import fast, flags, soft_thoughts, softcot_variants, tasks, trained
+from lab.softcot_cli import command_line
 from lab.softcot_variants import Answering, Variant, voted
 from model import UserError
 from softcot import Settings, Training
 
 __all__ = ["data", "loaded", "pair"]  # fixtures
+DATA = tasks.TASKS["data"]
 pytestmark = pytest.mark.usefixtures("one_thread")  # matrices this small are slower on two
 
 
@@ -169,12 +170,59 @@ def test_without_arguments_it_answers_one_problem_twice(projection, monkeypatch,
     assert len(re.findall(thought, printed, re.MULTILINE)) == 2
 
 
-def test_the_nearest_tokens_are_named(loaded):
+def test_what_is_measured_of_soft_thoughts(loaded):
+    """Two embeddings, one of them twice as long, and one turned round."""
     model, tokenizer, _, _ = loaded()
     E = model.embed.weight
-    (line,) = nearest_tokens(model, tokenizer, 2 * E[40:41], 1)
-    norm = (2 * E[40].norm() / E.norm(dim=1).mean()).item()
-    assert line == f"  1  norm {norm:7.2f}  {tokenizer.decode([40])!r} +1.00"
+    found = soft_thoughts.measured(model, torch.stack([2 * E[40], E[41], -E[41]]))
+    mean = E.norm(dim=1).mean()
+    norms = [(times * E[i].norm() / mean).item() for times, i in ((2, 40), (1, 41), (1, 41))]
+    assert found["norms"] == pytest.approx(norms, abs=0.005)
+    cosine = torch.dot(E[40], E[41]) / E[40].norm() / E[41].norm()
+    assert found["cosines"][:2] == [[], [pytest.approx(cosine.item(), abs=0.005)]]
+    assert found["cosines"][2] == [pytest.approx(-cosine.item(), abs=0.005), -1.0]
+    assert [near[0] for near in found["nearest"][:2]] == [[40, 1.0], [41, 1.0]]
+    assert [len(near) for near in found["nearest"]] == [3] * 3
+    name = lambda token: tokenizer.decode([token])
+    line, *_ = soft_thoughts.lines(found, name)
+    assert line.startswith(f"  1  norm {norms[0]:7.2f}  {name(40)!r} +1.00  ")
+
+
+def test_a_training_is_written_as_a_page(pair, data, tmp_path, capsys):
+    folders, page = pair(), tmp_path / "page.html"
+    page.write_text("mine")
+    more = {"method": "cot-unk", "epochs": 1}
+    assert trains(folders, data, tmp_path / "run", "--html", str(page), **more) == 2
+    assert "is a file of something else" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    page.unlink()
+    assert trains(folders, data, tmp_path / "run", "--html", str(page), **more) == 0
+    text = page.read_text(encoding="utf-8")
+    assert "Loss, held-out with dots" in text and "Held-out accuracy" in text
+
+
+def test_a_trace_holds_what_stood_in_the_placeholders_places(projection, data, tmp_path, capsys):
+    folders, file = projection
+    out, page = tmp_path / "out.jsonl", tmp_path / "page.html"
+    methods = ["--methods", "zero-shot-cot,cot-unk,softcot", "--projection", file]
+    assert evaluates(folders, data, *methods, "--trace") == 2
+    assert "--trace goes with --output or --html" in capsys.readouterr().err
+    more = ["--output", str(out), "--html", str(page)]
+    assert evaluates(folders, data, *methods, *more, "--trace") == 0
+    whole = records(out)
+    model, _ = fast.load(folders[0], "cpu", "float32")
+    assistant = fast.load(folders[1], "cpu", "float32")
+    projected = load_file(file)
+    for (_, method, _), record in whole.items():
+        assert ("soft_thoughts" in record) == (method == "softcot")
+        if method == "softcot":
+            text = tasks.prompt(tasks.Problem("", record["question"], "", "number"), DATA)
+            T = softcot.think_one(*assistant, projected, text, 2)
+            assert record["soft_thoughts"] == soft_thoughts.measured(model, T)
+    capsys.readouterr()
+    assert evaluates(folders, data, *methods, "--output", str(out)) == 2
+    assert "trace is True there" in capsys.readouterr().err
+    assert page.read_text(encoding="utf-8").count("Cosines between thoughts") >= 4
 
 
 @pytest.mark.parametrize("command, settings", [("train", Training), ("eval", Settings)])
