@@ -178,6 +178,7 @@ def negative_log_likelihood(
     """
     L = 0 if T is None else min(len(s.left) for s in batch)
     hidden = forward(model, input_embeddings(model, batch, T), L)  # [B, len - L, d]
+    # Position t predicts token t + 1, so the prompt's last position predicts the first label.
     at = [(b, s.prompt - 1 - L + i, y) for b, s in enumerate(batch) for i, y in enumerate(s.labels)]
     rows, places, labels = torch.tensor(at, device=hidden.device).T
     return F.cross_entropy(model.logits(hidden[rows, places]), labels, reduction="sum")

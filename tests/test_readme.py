@@ -118,3 +118,4 @@ def test_the_pictures_are_well_formed_and_know_both_colour_schemes(path):
 
 def test_the_figures_are_small():
     assert FIGURES and sum(path.stat().st_size for path in FIGURES) < 150_000
+    assert all(f"figures/{p.name}" in README + "".join(DOCUMENTS.values()) for p in FIGURES)
