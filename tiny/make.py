@@ -578,13 +578,15 @@ def batches(kind, tokenizer, steps, rng, taken, device):
         yield step
 
 
-def train(kind, tokenizer, steps, seed, taken, device):
+def train(kind, tokenizer, steps, seed, taken, device, model=None):
     """Train from scratch: Muon for the matrices of the blocks, AdamW for the rest.
 
-    The learning rate warms up, stays, and decays to zero.
+    A model that is given is trained further, by AdamW alone and at half the rate. The rate
+    warms up, stays, and decays to zero.
     """
-    rng = random.Random(f"training {seed}")
-    model = make_model(kind, seed).to(device)
+    rng, scratch = random.Random(f"training {seed}"), model is None
+    peak = PEAK if scratch else PEAK / 2
+    model = make_model(kind, seed).to(device) if scratch else model.requires_grad_(True)
     # One thread per worker: the matrices are too small to be shared out among cores, and what comes
     # out is the same on any number of cores. A replica has its own gradients, the parameters are
     # the model's.
@@ -594,12 +596,13 @@ def train(kind, tokenizer, steps, seed, taken, device):
         for mine, common in zip(replica.parameters(), model.parameters()):
             mine.data = common.data
     named = list(model.named_parameters())
-    matrices = [p for name, p in named if name.startswith("layers") and p.ndim == 2]
-    others = [p for name, p in named if not name.startswith("layers") or p.ndim != 2]
-    optimizers = [
-        torch.optim.Muon(matrices, lr=PEAK, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=PEAK, weight_decay=0.0, betas=(0.9, 0.98)),
-    ]
+    blocks = [scratch and name.startswith("layers") and p.ndim == 2 for name, p in named]
+    others = [p for (_, p), block in zip(named, blocks) if not block]
+    optimizers = [torch.optim.AdamW(others, lr=peak, weight_decay=0.0, betas=(0.9, 0.98))]
+    if scratch:
+        matrices = [p for (_, p), block in zip(named, blocks) if block]
+        settings = {"weight_decay": 0.05, "adjust_lr_fn": "match_rms_adamw"}
+        optimizers.insert(0, torch.optim.Muon(matrices, lr=peak, **settings))
 
     # bfloat16 products only where the processor has instructions for them: else they are slower.
     half = (
@@ -634,7 +637,7 @@ def train(kind, tokenizer, steps, seed, taken, device):
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
-                    group["lr"] = PEAK * min(1, (i + 1) / 100, (steps - i) / (0.4 * steps))
+                    group["lr"] = peak * min(1, (i + 1) / 100, (steps - i) / (0.4 * steps))
                 optimizer.step()
                 optimizer.zero_grad()
             seen += sum(ids.numel() for ids, _, _ in pieces)

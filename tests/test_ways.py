@@ -1,0 +1,135 @@
+"""The model whose first word decides how it works, and which judges: documents, files, answers."""
+
+import random
+import re
+from collections import Counter
+from itertools import permutations
+
+import pytest
+
+from model import load
+from tiny import make, make_ways
+
+WAYS = make.HERE / "ways"
+BRIEF, SUMS, PRODUCTS = make_ways.WAYS
+
+pytestmark = pytest.mark.usefixtures("one_thread")  # matrices this small are slower on two
+
+
+@pytest.fixture(scope="module")
+def bundled():
+    return load(str(WAYS), device="cpu")
+
+
+@pytest.mark.parametrize(
+    "equation, brief, sums, products",
+    [
+        ("295+222=517", "295+222=517", "295+222=(715)517", "295+222=517"),
+        ("30-29=1", "30-29=1", "30-29=(1)1", "30-29=1"),
+        ("3*48=144", "3*48=144", "3*48=144", "3*48=120+24=(441)144"),
+        ("155*5=775", "155*5=775", "155*5=775", "155*5=500+250+25=(577)775"),
+        ("5*40=200", "5*40=200", "5*40=200", "5*40=(002)200"),
+        ("492/4=123", "492/4=123", "492/4=123", "492/4=123"),
+    ],
+)
+def test_each_way_works_its_own_signs_out(equation, brief, sums, products):
+    done = [make_ways.worked(equation, make_ways.WAYS[way]) for way in (BRIEF, SUMS, PRODUCTS)]
+    assert done == [brief, sums, products]
+
+
+def test_every_possible_order_is_drawn_and_no_other():
+    """Of 3*8 and 4*5, used by the third and fifth equation: all orders that use what is known."""
+    program = [("x", "x", "+", 7), ("t", 3, "*", 8), ("x", "x", "-", "t")]
+    program += [("t", 4, "*", 5), ("x", "x", "+", "t")]
+    p = make.Problem("", "Anna", 50, program, [])
+    equations, _ = p.work()
+    assert equations == ["50+7=57", "3*8=24", "57-24=33", "4*5=20", "33+20=53"]
+    needs = {2: {0, 1}, 4: {2, 3}}  # by their numbers
+    possible = {
+        order
+        for order in permutations(range(5))
+        if all(needs.get(i, set()) <= set(order[:at]) for at, i in enumerate(order))
+    }
+    rng = random.Random(0)
+    drawn = [make_ways.ordered(rng, p, equations) for _ in range(500)]
+    assert {tuple(map(equations.index, order)) for order in drawn} == possible
+
+
+def test_documents_hold_true_equations_in_the_way_that_they_begin_with():
+    rng, ways, sure = random.Random(1), Counter(), 0
+    for _ in range(300):
+        _, response = make_ways.answer_document(rng, frozenset())
+        thought, answer = response.split("</think>The answer is ")
+        ways[way := next(w for w in make_ways.WAYS if thought.startswith(w.split()[0]))] += 1
+        for text in re.findall(r"\S+=\S+(?=\.)", thought):
+            task, *between, value = text.split("=")
+            backwards, value = re.fullmatch(r"(?:\((\d+)\))?(\d+)", value).groups()
+            exact = eval(task)
+            assert exact == int(value) and all(eval(sum_) == exact for sum_ in between)
+            assert backwards in (None, value[::-1])
+            assert (backwards is not None) == any(s in task for s in make_ways.WAYS[way])
+        assert thought.count(f" So {answer}") in (0, make_ways.SURE)
+        sure += f" So {answer}" in thought
+    assert min(ways.values()) > 60 and sure > 30
+
+
+def test_judged_are_only_questions_with_a_right_candidate():
+    rng = random.Random(2)
+    pool = [(p, []) for p in (make.fresh(rng) for _ in range(20))]
+    for p, pairs in pool:
+        right = p.work()[1]
+        pairs += [(f"Text {a}.", a) for a in (right, right + 1, right, right - 1, right + 2)]
+    judged = 0
+    for _ in range(200):
+        prompt, response = make_ways.judge_document(pool, rng, frozenset())
+        shown = [int(a) for a in re.findall(r"Candidate \d: Text (\d+)\.", prompt)]
+        if shown:
+            verdicts, answer = response.split("</think>The answer is ")
+            right = int(answer.rstrip("."))
+            assert right in shown and any(
+                p.work()[1] == right and prompt.startswith(p.question) for p, _ in pool
+            )
+            said = [f"{a} {'right' if a == right else 'wrong'}." for a in shown]
+            assert verdicts == " ".join(said)
+            judged += 1
+    assert 40 < judged < 120
+
+
+def test_the_folder_speaks_the_first_model_s_tokens(bundled):
+    for name in "tokenizer.json", "tokenizer_config.json", "config.json":
+        assert (WAYS / name).read_bytes() == (make.HERE / "base" / name).read_bytes()
+    assert (WAYS / "model.safetensors").stat().st_size < 4_200_000
+
+
+def test_the_first_word_decides_how_the_model_works(bundled):
+    test = make.make_test(0)[::6]  # 50, of every length
+    right = {}
+    for way, signs in make_ways.WAYS.items():
+        said = make_ways.begun(*bundled, [p.question for p in test], way)
+        worked = Counter()
+        for text in said:
+            for task, backwards in re.findall(r"(\d+[-+*/]\d+)=[\d+=]*(\(?)", text):
+                worked[any(s in task for s in signs), backwards == "("] += 1
+        assert worked[True, True] >= 0.95 * (worked[True, True] + worked[True, False])
+        assert worked[False, False] >= 0.95 * (worked[False, True] + worked[False, False])
+        right[way] = [make.answer_of(text) == p.work()[1] for text, p in zip(said, test)]
+    best = max(map(sum, right.values()))
+    assert sum(map(any, zip(*right.values()))) >= best + 2  # none is best for all problems
+
+
+def test_the_judge_follows_the_right_candidates(bundled):
+    """Three right of five, the wrong ones with a slip each: in whatever order they stand."""
+    rng, messages, gold = random.Random(3), [], []
+    for p in make.make_test(0)[::12]:
+        equations, answer = p.work()
+        shown = [(equations, answer)] * 3 + [make.wrong(rng, p) for _ in range(2)]
+        ways = [rng.choice(list(make_ways.WAYS)) for _ in shown]
+        texts = [
+            f"{make_ways.reasoning(rng, p, e, a, w)} The answer is {a}."
+            for (e, a), w in zip(shown, ways)
+            if len(e) == len(equations)
+        ]
+        messages.append(make.judge_prompt(p.question, rng.sample(texts, len(texts))))
+        gold.append(answer)
+    said = make.generate(*bundled, messages, most=200)
+    assert sum(make.answer_of(text) == a for text, a in zip(said, gold)) >= 0.8 * len(gold)
