@@ -35,7 +35,7 @@ class CompiledStep:
         x, rotation, B = embeds[:, None], self.model.rotation(*cache.advance(1)), len(embeds)
         if B in self.sizes:
             return self.one(x, rotation, cache)
-        for tensor, dim in ((cache.mask, 3), *((keys, 1) for keys in cache.keys + cache.values)):
+        for tensor, dim in ((cache.mask, 3), *((keys, 2) for keys in cache.keys + cache.values)):
             torch._dynamo.maybe_mark_dynamic(tensor, dim)  # once for all lengths and capacities
         start = time.perf_counter()
         try:
@@ -68,7 +68,7 @@ class Recorder:
 
     def __call__(self) -> list[bool]:
         """One step; which rows were live `late` steps ago."""
-        S, capacity = self.cache.S, self.cache.keys[0].shape[1]
+        S, capacity = self.cache.S, self.cache.keys[0].shape[2]
         if capacity != self.capacity:  # the cache has moved, and recordings go by addresses
             self.capacity, self.graphs = capacity, {}
         if S in self.graphs:
