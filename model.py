@@ -411,8 +411,8 @@ def decode(
         """One position further in every row: all on the device, nothing waits for it. -> live"""
         at.u = u[every, at.t]
         at.hidden, logits = model.step(embeds, cache)
-        known = logits.sum(-1).isfinite()  # or else the row ends, and the method sees zeros
-        token, following, *notes = method.step(logits.masked_fill_(~known[:, None], 0), at)
+        known = logits.sum(-1).isfinite()  # or else the row ends; the method sees finite ones
+        token, following, *notes = method.step(logits.nan_to_num_(0, 0, 0), at)
         token = token.masked_fill(~known, (c.eos_ids or (0,))[0])
         limit.masked_fill_(at.live & ~known, -1)
         if not kept:
