@@ -255,7 +255,7 @@ class Transformer(nn.Module):
 
 
 class KVCache:
-    """Keys and values of `rows` sequences, each at its own length: [rows, capacity, K, h] a layer.
+    """Keys and values of `rows` sequences, each at its own length: [rows, K, capacity, h] a layer.
 
     Attention reads the first S positions, S being the longest length in use, rounded up: shapes
     stay few, and a row's bits the same whichever neighbours it has. `advance` and `attend` run on
@@ -268,7 +268,7 @@ class KVCache:
         self.rows = torch.arange(rows, device=weight.device)[:, None]
         self.lengths = torch.zeros(rows, dtype=torch.long, device=weight.device)
         # Zeros, because what is masked is still multiplied (by 0), and 0 * NaN is NaN.
-        shape = (rows, self.rounded(capacity, weight.device) + 1, c.kv_heads, c.head_dim)
+        shape = (rows, self.K, self.rounded(capacity, weight.device) + 1, c.head_dim)
         self.keys = [weight.new_zeros(shape) for _ in model.layers]
         self.values = [weight.new_zeros(shape) for _ in model.layers]
         self.S, self.mask, self.positions = 0, None, None
@@ -282,12 +282,12 @@ class KVCache:
 
     def reserve(self, longest: int) -> None:
         """Have room for rows of up to that many positions."""
-        self.S, old = self.rounded(longest, self.lengths.device), self.keys[0].shape[1]
+        self.S, old = self.rounded(longest, self.lengths.device), self.keys[0].shape[2]
         # One more, never read: if attention read whole tensors, it would be compiled anew.
         for tensors in (self.keys, self.values) if self.S >= old else ():
             for layer, x in enumerate(tensors):  # one by one: only one of them is there twice
-                tensors[layer] = x.new_zeros(len(x), self.S + 1, *x.shape[2:])
-                tensors[layer][:, :old] = x
+                tensors[layer] = x.new_zeros(len(x), self.K, self.S + 1, x.shape[3])
+                tensors[layer][:, :, :old] = x
 
     def take(self, row: int, source: "KVCache | None", T: int) -> None:
         """Begin a row with the first T positions of another cache's only row; None: with none."""
@@ -295,7 +295,7 @@ class KVCache:
         for layer, x in enumerate(self.keys + self.values):
             x[row] = 0  # what is behind T is masked, but a NaN would not be
             if source:
-                x[row, :T] = (source.keys + source.values)[layer][0, :T]
+                x[row, :, :T] = (source.keys + source.values)[layer][0, :, :T]
         self.lengths[row] = T
 
     def advance(self, T: int) -> tuple[Tensor, int]:
@@ -312,12 +312,12 @@ class KVCache:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Store k, v [rows, T, K, h]; attend with q [rows, T, H, h]: [rows, T, H, h]."""
         for x, new in ((self.keys[layer], k), (self.values[layer], v)):
-            x.index_put_((self.rows, self.positions), new)
+            x.transpose(1, 2).index_put_((self.rows, self.positions), new)
         (B, T, H, h), K, G = q.shape, self.K, self.G
         S = self.mask.shape[-1]  # self.S, as a size of a tensor: a step is compiled once for all
         # A group's query heads stand where positions would: their keys are read once.
         q = q.view(B, T, K, G, h).permute(0, 2, 3, 1, 4).reshape(B, K, G * T, h)
-        k, v = (x[layer][:, :S].transpose(1, 2) for x in (self.keys, self.values))
+        k, v = (x[layer][:, :, :S] for x in (self.keys, self.values))
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask)
         return y.view(B, K, G, T, h).permute(0, 3, 1, 2, 4).reshape(B, T, H, h)
 
@@ -411,8 +411,8 @@ def decode(
         """One position further in every row: all on the device, nothing waits for it. -> live"""
         at.u = u[every, at.t]
         at.hidden, logits = model.step(embeds, cache)
-        known = logits.sum(-1).isfinite()  # or else the row ends, and the method sees zeros
-        token, following, *notes = method.step(logits.masked_fill_(~known[:, None], 0), at)
+        known = logits.sum(-1).isfinite()  # or else the row ends; the method sees finite ones
+        token, following, *notes = method.step(logits.nan_to_num_(0, 0, 0), at)
         token = token.masked_fill(~known, (c.eos_ids or (0,))[0])
         limit.masked_fill_(at.live & ~known, -1)
         if not kept:

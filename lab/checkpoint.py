@@ -6,7 +6,9 @@ through, so that a damaged, incomplete or foreign one is named with its remedy.
 
 import difflib
 import math
+import os
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +42,28 @@ def choose(device: str | None, dtype: torch.dtype | str | None) -> tuple[torch.d
     return plain.choose(device, dtype)
 
 
-def check_compiler() -> None:
-    """UserError where Inductor finds no C++ compiler."""
-    from torch._inductor import cpp_builder, exc
+def check_compiler(patience: float = 60) -> None:
+    """UserError where Inductor finds no C++ compiler, or one that gives no answer for so many s."""
+    from torch._inductor import config, cpp_builder, exc
 
+    for compiler in filter(None, config.cpp.cxx):
+        try:
+            subprocess.run(
+                [compiler, "-x", "c++", "-fsyntax-only", os.devnull],
+                check=False,
+                # Not pipes: what a compiler leaves running would keep them open.
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                timeout=patience,
+            )
+        except subprocess.TimeoutExpired:
+            raise UserError(
+                f"the C++ compiler {compiler} gave no answer within {patience:.0f} s: name another "
+                "one in the environment variable CXX, or leave --compile out"
+            ) from None
+        except OSError:  # not there: said below, unless Inductor finds another one
+            pass
     try:
         cpp_builder.get_cpp_compiler()
     except exc.InvalidCxxCompiler:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import model as plain
 from lab import checkpoint, template
-from lab.steps import CompiledStep, Recorder
+from lab.steps import CompiledStep, Recorder, packs
 from model import KVCache, Tokenizer, Transformer, UserError, causal_attention, rotate
 
 
@@ -160,12 +160,6 @@ def exchange(module: nn.Module, layer: Callable[[nn.Linear], nn.Module]) -> None
             setattr(module, name, layer(child))
         else:
             exchange(child, layer)
-
-
-def packs(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether PackedLinear is for this device and dtype."""
-    here = device.type == "cpu" and dtype == torch.bfloat16
-    return here and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 class PackedLinear(nn.Linear):

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 import safetensors.torch
@@ -276,3 +277,14 @@ def test_without_a_compiler_there_is_a_line(folder_of):
     assert "compiling for a CPU needs a C++ compiler, and none was found" in ran.stderr
     with pytest.raises(UserError, match="unknown quantisation int4: use int8"):
         load(str(folder_of("llama3")), "cpu", quantize="int4")
+
+
+def test_a_compiler_that_hangs_is_a_line(tmp_path):
+    hanging = tmp_path / "g++"
+    hanging.write_text("#!/bin/sh\nsleep 30\n")
+    hanging.chmod(0o755)
+    start = time.monotonic()
+    there = torch._inductor.config.patch({"cpp.cxx": (None, str(hanging))})
+    with there, pytest.raises(UserError, match="gave no answer within 1 s: name another one"):
+        checkpoint.check_compiler(1)
+    assert time.monotonic() - start < 20

@@ -66,7 +66,7 @@ def test_rows_of_very_different_lengths_share_a_cache_that_grows(folder_of):
             for row, T in enumerate(lengths):
                 assert close(hidden[row, 0], whole[row, T + t], 1e-4)
     assert sizes == set(range(128, 705, 64))  # what attention reads is what is in use
-    assert all(x.shape[1] == 705 for x in cache.keys)
+    assert all(x.shape[2] == 705 for x in cache.keys)
 
 
 def test_what_a_row_held_before_does_not_come_back(folder_of):
@@ -366,7 +366,7 @@ def test_where_steps_cannot_be_recorded_they_run_one_by_one(folder_of, monkeypat
 
 def test_a_recording_keeps_the_rotary_table_that_it_reads():
     model, tables = Transformer(Config.from_json(FAMILIES["llama3"])), []
-    cache = SimpleNamespace(S=1000, keys=[torch.zeros(1, 1001)])
+    cache = SimpleNamespace(S=1000, keys=[torch.zeros(1, 1, 1001)])
 
     class Tables(steps.Recorder):
         def capture(self):
@@ -381,7 +381,7 @@ def test_a_recording_keeps_the_rotary_table_that_it_reads():
         recorder()
     gc.collect()
     assert len(tables) == 2 and tables[0]() is not None and tables[1]() is model.cos
-    cache.keys = [torch.zeros(1, 5001)]  # the cache has moved
+    cache.keys = [torch.zeros(1, 1, 5001)]  # the cache has moved
     recorder()
     gc.collect()
     assert len(tables) == 3 and tables[0]() is None

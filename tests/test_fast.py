@@ -19,7 +19,7 @@ from test_decode import Greedy, greedy, run
 from torch import nn
 
 import model as M
-from lab import checkpoint, fast
+from lab import checkpoint, fast, steps
 from lab.fast import Int8Linear, PackedLinear, hf_tensors, load
 from model import Config, KVCache, Prompt, Request, Transformer, UserError, decode
 from softcot import Sampler
@@ -139,9 +139,9 @@ def test_a_compiled_step_is_the_step(folder_of, capsys):
     compiled, _ = load(str(folder), "cpu", "float32", compile=True)
     ids = torch.randint(0, 250, (300,), generator=torch.Generator().manual_seed(0))
 
-    def outs(model, order=(3, 60, 130, 300, 25)):
+    def outs(model, order=(3, 60, 130, 300, 25), rows=3):
         requests = [Request(Prompt(model.embed(ids[:n])), data=(n, 20)) for n in order]
-        found = greedy(model, requests, Greedy(model, 3), 3)
+        found = greedy(model, requests, Greedy(model, rows), rows)
         return {n: (tokens, logits) for n, tokens, logits in found}
 
     graphs = torch._dynamo.utils.counters["stats"]
@@ -150,9 +150,28 @@ def test_a_compiled_step_is_the_step(folder_of, capsys):
         assert found[n][0] == tokens and close(found[n][1], logits, 1e-5)
     again = outs(compiled, (25, 300, 60, 3, 130))
     assert all(torch.equal(again[n][1], found[n][1]) for n in found)
-    # Compiled once, for lengths of 64 to 320 and a cache that grew.
+    fewer = outs(compiled, rows=2)
+    assert all(fewer[n][0] == tokens for n, (tokens, _) in expected.items())
+    # Compiled once, for lengths of 64 to 320, a cache that grew, and fewer rows.
     assert graphs["unique_graphs"] == before + 1
-    assert capsys.readouterr().err.count("compiled the step for 3 sequences in ") == 1
+    assert capsys.readouterr().err.count("compiled the step for ") == 1
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_several_rows_are_onednn_s_where_the_processor_multiplies_the_dtype(
+    native, folder_of, monkeypatch
+):
+    monkeypatch.setattr(steps, "packs", lambda device, dtype: native)
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    model, _ = M.load(str(folder_of("qwen3")), "cpu", "float32")
+    with torch._inductor.config.patch(freezing=False, max_autotune=False):  # as it was, afterwards
+        step, own = steps.CompiledStep(model), []
+        for rows in (1, 2, 16):
+            cache = KVCache(model, rows, 8)
+            cache.reserve(1)
+            step(model.embed(torch.arange(rows)), cache)
+            own.append(torch._inductor.config.max_autotune)  # Inductor's products in C++
+    assert own == ([True, False, False] if native else [True] * 3)
 
 
 def test_int8_by_hand():
