@@ -16,13 +16,14 @@ from torch import Tensor
 from lab import protocols, study, tables, tasks
 from model import Tokenizer, Transformer, UserError
 
-FIRST = "model question task data protocol limit run-generated-code methods seed"
+FIRST = "model question task data protocol limit shard run-generated-code methods seed"
+DEVICES = "device dtype tensor-parallel quantize"
 
 
 class Thought:
     """Soft Thinking: the thought streams as its most probable tokens, with alternatives."""
 
-    flags = f"{FIRST} num-samples batch-size device dtype quantize compile output trace json html"
+    flags = f"{FIRST} num-samples batch-size {DEVICES} compile output trace json html"
     key = ("question", "method", "seed", "sample")
     extra = ()  # methods of a benchmark only where --methods names them
     form = False  # whether a question is told which form its answer takes
@@ -124,7 +125,7 @@ class Thought:
 class Search:
     """Soft Reasoning: round by round the candidates, what chose them, and what they earned."""
 
-    flags = f"{FIRST} shots completion seeds batch-size device dtype quantize compile"
+    flags = f"{FIRST} shots completion seeds batch-size {DEVICES} compile"
     flags += " output json html analyse"
     key = ("question", "method", "seed")
     extra = ("rap",)

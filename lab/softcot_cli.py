@@ -13,17 +13,15 @@ from types import ModuleType
 from typing import NoReturn
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from lab import cli, files, flags, page, protocols, results, show, softcot_variants, tables, tasks
+from lab import cli, flags, page, protocols, ranks, results, show, softcot_variants, tables, tasks
 from lab.fast import load
 from lab.folder import locked
 from lab.identity import identified
-from lab.softcot_variants import METHODS, Answering, variants
+from lab.softcot_variants import METHODS, Answering, nearest_tokens, variants
 from lab.trained import BEST, identity, kept_hidden
 from lab.training import Trainer
-from model import Tokenizer, Transformer, UserError, check_prompt
+from model import UserError, check_prompt
 
 PROG = "softcot.py"
 
@@ -45,6 +43,7 @@ def command_line(command: str | None, method: ModuleType) -> argparse.ArgumentPa
     flags.add_flags(parser, "model device dtype", **bundled)
     several = "likewise; eval takes several, with commas (default: bundled)"
     add("--assistant", default=softcot_variants.TINY_ASSISTANT, help=several)
+    add("--assistant-device", help="as --device, of the assistant (default: the same)")
     if command:
         task = {"help": f"(default: tiny) one of {flags.TASKS}"}
         flags.add_flags(parser, "task data limit", task=task)
@@ -58,6 +57,7 @@ def command_line(command: str | None, method: ModuleType) -> argparse.ArgumentPa
         add("--checkpointing", action="store_true", help=less)
         flags.add_settings(parser, method.Training)
         return parser
+    flags.add_flags(parser, "tensor-parallel")
     made = "made by train; eval takes several, with commas, one row each (default: bundled)"
     add("--projection", metavar="FILE", help=made)
     if command is None:
@@ -70,7 +70,7 @@ def command_line(command: str | None, method: ModuleType) -> argparse.ArgumentPa
     number = "N, or several with commas, one row each (default: as many as were trained)"
     add("--thoughts", default=None, help=number)
     chosen = f"of {', '.join(METHODS)} (default: all, lora only with --lora)"
-    names = "protocol run-generated-code methods seed batch-size output json html"
+    names = "protocol shard run-generated-code methods seed batch-size output json html"
     flags.add_flags(parser, names, methods={"help": chosen})
     told = "--no-thinking answers at once, where the model's template knows how (Qwen3)"
     add("--thinking", action=argparse.BooleanOptionalAction, default=True, help=told)
@@ -89,10 +89,10 @@ def command(arguments: list[str], *modules: ModuleType) -> int:
 
     def body() -> None:
         flags.check_given(args)
-        least = {"num_samples": 1, "seeds": 1, "batch_size": 1, "save_every": 1}
-        flags.at_least(args, **least, max_new_tokens=1, seed=0)
-        run, given = {"train": train, "eval": score, None: answer}[name], vars(args).get
-        with files.reserved(given("output"), given("json"), given("html")):
+        ones = "num_samples", "seeds", "batch_size", "save_every", "tensor_parallel"
+        flags.at_least(args, **dict.fromkeys(ones, 1), max_new_tokens=1, seed=0)
+        run = {"train": train, "eval": score, None: answer}[name]
+        with ranks.joined(args), cli.reserved(args):
             run(args, *modules)
 
     keeps = f"{kept} keeps what was saved, and the same command goes on" if kept else ""
@@ -127,7 +127,8 @@ def train(
         model, tokenizer = load(args.model, args.device, args.dtype)
         assistant = assistant_tokenizer = None
         if s.method == "softcot":
-            assistant, assistant_tokenizer = load(args.assistant, args.device, args.dtype)
+            device = args.assistant_device or args.device
+            assistant, assistant_tokenizer = load(args.assistant, device, args.dtype)
         eos = model.config.eos_ids
         if not eos:
             lacks = "names no end-of-sequence token in its config.json"
@@ -214,29 +215,36 @@ def score(
         raise UserError(f"--thoughts takes {numbers}, not {args.thoughts!r}")
     name = "data" if args.data and not args.task else args.task or "tiny"
     problems = tasks.load(name, args.data, args.limit, args.run_generated_code)
+    problems = args.place.problems(problems)
     task = tasks.TASKS[name]
-    model, tokenizer = load(args.model, args.device, args.dtype)
+    model, tokenizer = load(args.model, args.device, args.dtype, place=args.place)
     if not args.thinking:
         tokenizer = protocols.without_thinking(tokenizer)
     rows = variants(args, model, methods, [int(n) for n in numbers], method, lora)
-    base = protocols.recorded(args, task) | {
-        "model": args.model,
-        **identified(args.model),
-        "device": model.device.type,
-        "dtype": str(model.embed.weight.dtype)[6:],
-        "seed": args.seed,
-        "num_samples": s.num_samples,
-        "temperature": s.temperature,
-        "max_new_tokens": s.max_new_tokens,
-        "prompt_version": method.PROMPT_VERSION,
-        "batch_size": args.batch_size,
-    }
-    solve = Answering(method, lora, prompts, model, tokenizer, task, s, args.seed, args.batch_size)
+    base = (
+        protocols.recorded(args, task)
+        | {
+            "model": args.model,
+            **identified(args.model),
+            "device": model.device.type,
+            "dtype": str(model.embed.weight.dtype)[6:],
+            "seed": args.seed,
+            "num_samples": s.num_samples,
+            "temperature": s.temperature,
+            "max_new_tokens": s.max_new_tokens,
+            "prompt_version": method.PROMPT_VERSION,
+            "batch_size": args.batch_size,
+        }
+        | args.place.recorded()
+    )
+    drawn = args.seed, args.batch_size, args.place
+    solve = Answering(method, lora, prompts, model, tokenizer, task, s, *drawn)
     solvers = {}
     for row, (own, variant) in rows.items():
         assistant = identified(variant.name, "assistant_") if variant.name else {}
         solvers[row] = base | own | assistant, solve.by(variant)
-    result, records = results.run(problems, task, solvers, s.seeds, args.output, args.json)
+    written = args.output, args.json, args.place
+    result, records = results.run(problems, task, solvers, s.seeds, *written)
     if s.seeds > 1:
         seeds = dict.fromkeys(rows, s.seeds)
         results.over_seeds(result, records, problems, seeds, args.json)
@@ -259,7 +267,7 @@ def answer(
         remedy = "pass --projection FILE, which `train` makes"
         raise UserError(f"the bundled projection is for the bundled models: {remedy}")
     s = flags.settings_of(args, method.Settings)
-    model, tokenizer = load(args.model, args.device, args.dtype)
+    model, tokenizer = load(args.model, args.device, args.dtype, place=args.place)
     rows = variants(args, model, ["zero-shot-cot", "softcot"], [], method, lora)
     (_, plain), (_, soft), *_ = rows.values()
     task = tasks.TASKS.get(soft.task, task)  # its prompts are what the projection was trained with
@@ -278,19 +286,3 @@ def answer(
     print("\n".join(nearest_tokens(model, tokenizer, thoughts)))
     if gold:
         print(f"\nthe right answer is {gold}")
-
-
-@torch.no_grad()
-def nearest_tokens(
-    model: Transformer, tokenizer: Tokenizer, thoughts: Tensor, k: int = 3
-) -> list[str]:
-    """For each soft thought [n, d]: the tokens whose embeddings are nearest by angle; its norm."""
-    E, T = model.embed.weight.float(), thoughts.float()
-    cosine, ids = (F.normalize(T, dim=-1) @ F.normalize(E, dim=-1).T).topk(k)
-    norms = T.norm(dim=-1) / E.norm(dim=-1).mean()
-    lines = []
-    for i, norm in enumerate(norms.tolist()):
-        pairs = zip(ids[i].tolist(), cosine[i].tolist())
-        near = [f"{tokenizer.decode([t])!r} {c:+.2f}" for t, c in pairs]
-        lines.append(f"{i + 1:3}  norm {norm:7.2f}  " + "  ".join(near))
-    return lines

@@ -12,12 +12,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lab import tasks
 from lab.flags import ROOT, TINY
 from lab.fast import load
 from lab.grading import reader, vote
+from lab.ranks import ALONE, Place
 from lab.results import Job
 from lab.tasks import Task
 from lab.trained import digest, identity, read_adapter, read_trained
@@ -69,7 +72,10 @@ def with_assistants(
             f"--projection names {len(paths)} files and --assistant {len(names)} models: name one "
             "of them for each"
         )
-    loaded = {name: load(name, args.device, args.dtype) for name in dict.fromkeys(names)}
+    device = args.assistant_device or args.device
+    loaded = {name: load(name, device, args.dtype) for name in dict.fromkeys(names)}
+    for assistant, _ in loaded.values():
+        assistant.agree = model.agree  # whole on every rank, which have to agree on its hints, too
     found = []
     for name, path in zip_longest(names, paths):
         variant = Variant("softcot", 0, {}, loaded[name], name=name)
@@ -126,6 +132,8 @@ def variants(
 
     for name in methods:
         if name == "lora":
+            if args.place.parts > 1:
+                raise UserError("lora is for a model on one device: leave --tensor-parallel out")
             trained, scale, adapter = read_adapter(Path(args.lora), model, here, lora.start)
             rows[name] = {"adapter": adapter}, Variant(name, 0, trained, scale=scale)
         elif name == "zero-shot-cot":
@@ -167,6 +175,7 @@ class Answering:
     s: Any  # softcot.Settings, but for the number of thoughts
     seed: int
     batch_size: int
+    place: Place = ALONE
 
     def by(self, variant: Variant) -> Callable[[list[Job]], Iterator[tuple]]:
         """A solver for lab.results.run."""
@@ -192,7 +201,7 @@ class Answering:
             hints = self.prompts.hints(*variant.assistant, questions, variant.n, self.batch_size)
             ask = lambda q: self.prompts.HINT.format(question=q, hint=hints[q])
         self.check(variant, [(q, ask(q)) for q in dict.fromkeys(questions)], n)
-        numbered = [(i, seed) for i, (_, seed) in enumerate(jobs)]
+        numbered = ((i, jobs[i][1]) for i in self.place.shares(len(jobs)))
         drawn: dict[int, dict[int, dict]] = {}  # job -> number of the draw -> its record
         began: dict[int, float] = {}
         merged = nullcontext()
@@ -255,3 +264,19 @@ def voted(draws: list[dict], problem: tasks.Problem, tolerance: float) -> dict:
         "answer_tokens": sum(record["answer_tokens"] for record in draws),
         "not_finite": sum(record["not_finite"] for record in draws),
     }
+
+
+@torch.no_grad()
+def nearest_tokens(
+    model: Transformer, tokenizer: Tokenizer, thoughts: Tensor, k: int = 3
+) -> list[str]:
+    """For each soft thought [n, d]: the tokens whose embeddings are nearest by angle; its norm."""
+    E, T = model.embed.weight.float(), thoughts.float()
+    cosine, ids = (F.normalize(T, dim=-1) @ F.normalize(E, dim=-1).T).topk(k)
+    norms = T.norm(dim=-1) / E.norm(dim=-1).mean()
+    lines = []
+    for i, norm in enumerate(norms.tolist()):
+        pairs = zip(ids[i].tolist(), cosine[i].tolist())
+        near = [f"{tokenizer.decode([t])!r} {c:+.2f}" for t, c in pairs]
+        lines.append(f"{i + 1:3}  norm {norm:7.2f}  " + "  ".join(near))
+    return lines

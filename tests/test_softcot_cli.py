@@ -12,7 +12,8 @@ from softcot_pair import PROBLEMS, data, evaluates, lengthen, loaded, main, pair
 import softcot
 from baselines import lora, prompts
 from lab import fast, flags, softcot_variants, tasks, trained
-from lab.softcot_cli import command_line, nearest_tokens
+from lab.softcot_cli import command_line
+from lab.softcot_variants import nearest_tokens
 from lab.softcot_variants import Answering, Variant, voted
 from model import UserError
 from softcot import Settings, Training
