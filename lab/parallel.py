@@ -134,7 +134,9 @@ def gathered(place: Place, head: nn.Module, inputs: tuple, y: Tensor) -> Tensor:
 
 def agreed(place: Place, decided: Iterable[Tensor]) -> list[Tensor]:
     """The first rank's tensors on all ranks that hold the model: one broadcast for all of them."""
-    flat = [x.contiguous().view(torch.uint8).view(-1) for x in decided]
+    # Of one row anything is contiguous, with whatever strides: a clone has the usual ones.
+    copies = [x.clone(memory_format=torch.contiguous_format) for x in decided]
+    flat = [x.view(-1).view(torch.uint8) for x in copies]
     whole = torch.cat(flat)
     dist.broadcast(whole, place.rank - place.part, group=place.group)
     parts = whole.split([len(x) for x in flat])

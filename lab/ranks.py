@@ -36,6 +36,12 @@ def launched() -> bool:
     return all(name in os.environ for name in LAUNCHED)
 
 
+def check_alone() -> None:
+    """UserError in a program of one process that torchrun has started more than once."""
+    if launched() and os.environ["WORLD_SIZE"] != "1":
+        raise UserError("this program is one process: start it without torchrun")
+
+
 @dataclass(frozen=True)
 class Place:
     """Where a process stands among all: alone, if nothing else is said."""
@@ -105,6 +111,15 @@ class Place:
         """Wait until all ranks are here."""
         if self.size > 1:
             dist.all_reduce(torch.zeros(1))
+
+    @contextmanager
+    def first_before(self) -> Iterator[None]:
+        """Rank 0 is done with it before the others begin."""
+        if self.rank:
+            self.together()
+        yield
+        if not self.rank:
+            self.together()
 
     def first_goes_on(self) -> None:
         """Wait until all have done their work; then all but rank 0 have nothing left to do."""
@@ -188,8 +203,8 @@ def connected() -> tuple[Any, int, int]:
 
 def check_alike(args: argparse.Namespace, store: Any, rank: int, size: int) -> None:
     """UserError where ranks have other flags, versions, or (sums differ) processors."""
-    code = hashlib.sha256()
-    for path in sorted(Path(__file__).resolve().parent.parent.glob("*/*.py")):
+    code, root = hashlib.sha256(), Path(__file__).resolve().parent.parent
+    for path in sorted([*root.glob("*.py"), *root.glob("lab/*.py"), *root.glob("baselines/*.py")]):
         code.update(path.read_bytes())
     mine = {f"--{k.replace('_', '-')}": str(v) for k, v in vars(args).items()}
     mine |= {"torch": torch.__version__, "this program": code.hexdigest()[:8]}
@@ -211,7 +226,7 @@ def check_number(args: argparse.Namespace, size: int, N: int) -> None:
         raise UserError("--shard is for processes without torchrun, which shares the problems out")
     if size % N:
         raise UserError(f"--tensor-parallel {N} does not divide the {size} processes")
-    if size > N and not ((given("task") or given("data")) and given("output")):
+    if size > N and not ((given("task") or given("data")) and given("output") or given("folder")):
         share = f"{size // N} replicas share the problems of --task or --data"
         raise UserError(f"{share}, and write them to --output FILE: pass both")
     if torch.cuda.is_available() and args.device != "cpu":

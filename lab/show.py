@@ -143,9 +143,9 @@ class Search:
         if args.analyse and (args.task or args.data or args.output):
             with_none = "it goes with none of --task, --data, --output"
             raise UserError(f"--analyse studies one question and prints: {with_none}")
-        if args.analyse and args.compile:
-            gone = "which are not there any more after --compile"
-            raise UserError(f"--analyse looks into the layers, {gone}: leave one out")
+        if args.analyse and (args.compile or args.tensor_parallel > 1):
+            gone = "which are not there any more, or not whole, with --compile or --tensor-parallel"
+            raise UserError(f"--analyse looks into the layers, {gone}: leave them out")
 
     @staticmethod
     def samples(args: argparse.Namespace, s: Any) -> int:

@@ -8,6 +8,7 @@ import hashlib
 import json
 import sys
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
@@ -18,6 +19,7 @@ from lab import cli, flags, page, protocols, ranks, results, show, softcot_varia
 from lab.fast import load
 from lab.folder import locked
 from lab.identity import identified
+from lab.replica import Replica
 from lab.softcot_variants import METHODS, Answering, nearest_tokens, variants
 from lab.trained import BEST, identity, kept_hidden
 from lab.training import Trainer
@@ -123,7 +125,8 @@ def train(
             f"steps to learn from ({without[0]} is the first): use {', '.join(tasks.TRAINING)}, "
             "or --data FILE with `steps`"
         )
-    with locked(Path(args.folder)) as folder:
+    path = Path(args.folder)
+    with nullcontext(path) if args.place.rank else locked(path) as folder:
         model, tokenizer = load(args.model, args.device, args.dtype)
         assistant = assistant_tokenizer = None
         if s.method == "softcot":
@@ -172,7 +175,8 @@ def train(
         else:
             trained = lora.start(model, s.rank)
             adapter = lora.adapter_config(args.model, s.rank, s.alpha, s.dropout)
-        trainer = Trainer(
+        made = Trainer if args.place.size == 1 else partial(Replica, args.place)
+        trainer = made(
             method, folder, model, tokenizer, task, fitting, sequences, about, s, trained, adapter
         )
         if s.method == "lora":
@@ -180,10 +184,12 @@ def train(
         if trainer.saved != trainer.total:
             if assistant:
                 path = folder / "hidden.safetensors"
-                trainer.hidden = kept_hidden(method, assistant, asked, n, path, about)
+                with args.place.first_before():
+                    trainer.hidden = kept_hidden(method, assistant, asked, n, path, about)
                 assistant = assistant_tokenizer = None  # its memory is wanted
             with adapted:
                 trainer.run(args.save_every, args.checkpointing)
+        args.place.first_goes_on()
         best, last = folder / BEST[s.method], folder / "last.safetensors"
         print(f"{best}: smallest held-out loss; {last}: last step")
 
