@@ -8,6 +8,7 @@ plan of what fits in memory. Each can be read by itself; none is needed to under
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -85,9 +86,11 @@ def load(
 def weight_bytes(c: plain.Config, dtype: torch.dtype, quantize: str | None, parts: int = 1) -> int:
     """Bytes of a model's weights, or of a part's; in 8 bits all but the embeddings."""
     with torch.device("meta"):
-        model = Transformer(c)
-    embeddings = model.embed.weight.numel()
-    rest = sum(p.numel() for p in model.parameters()) - embeddings
+        model = Transformer(replace(c, layers=1))
+    embeddings, layer = (
+        sum(p.numel() for p in x.parameters()) for x in (model.embed, model.layers)
+    )
+    rest = sum(p.numel() for p in model.parameters()) - embeddings + (c.layers - 1) * layer
     if quantize:
         return embeddings * dtype.itemsize + (embeddings * c.tied + rest) // parts
     return (embeddings + rest // parts) * dtype.itemsize
@@ -235,6 +238,17 @@ class Int8Linear(nn.Module):
 # ----------------------------------------------------------------------------------------- memory
 
 
+def row_bytes(
+    c: plain.Config, itemsize: int, device: torch.device, prompt: int, new: int
+) -> tuple[int, int]:
+    """Bytes of a prompt's keys and values, and of all that a row takes while it is decoded."""
+    positions = KVCache.rounded(min(prompt + new, c.context), device)
+    position = 2 * c.layers * c.kv_heads * c.head_dim * itemsize  # of its keys and values
+    held = position * min(prompt, c.context)
+    # A prompt keeps what was made of it; and float32 logits, and what a method makes of them.
+    return held, position * positions + held + 32 * c.vocab_size
+
+
 def plan(
     model: Transformer, rows: int, prompt: int, new: int, least: Callable[[float], float] = float
 ) -> int:
@@ -243,13 +257,10 @@ def plan(
     least: of what is free on several ranks. UserError where those are fewer: bits depend on how
     many are decoded side by side, so that the number is the user's to lower.
     """
-    c, weight = model.config, model.embed.weight
-    prompt, positions = min(prompt, c.context), min(prompt + new, c.context)
-    position = 2 * c.layers * c.kv_heads * c.head_dim * weight.itemsize  # of its keys and values
-    # A prompt keeps what was made of it; and float32 logits, and what a method makes of them.
-    row = position * (KVCache.rounded(positions, model.device) + prompt) + 32 * c.vocab_size
+    c, positions = model.config, min(prompt + new, model.config.context)
+    held, row = row_bytes(c, model.embed.weight.itemsize, model.device, prompt, new)
     # There is one more prompt: the one to come.
-    free = 0.9 * least(checkpoint.free_memory(model.device)) - position * prompt
+    free = 0.9 * least(checkpoint.free_memory(model.device)) - held
     fit = int(min(rows, free / row))
     there = f"{free / 1e9:.1f} GB are free"
     if fit < 1:
