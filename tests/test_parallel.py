@@ -25,7 +25,9 @@ from safetensors.torch import load_file
 
 from softcot_pair import data, pair  # noqa: F401 (fixtures)
 
-from lab import checkpoint, fast, files, merge, parallel, results, trained
+import softcot
+from baselines import coconut, lora
+from lab import checkpoint, coconut_cli, fast, files, merge, parallel, results, trained
 from lab import ranks as R
 from lab.training import Trainer
 from model import Transformer, UserError
@@ -338,6 +340,29 @@ def test_a_mistake_is_one_line_and_all_ranks_end(size, more, change, said, folde
 def test_without_torchrun_it_is_named(folder, capsys):
     assert program("think", ["--model", folder, "--tensor-parallel", "2"]) == 2
     assert "start it by `torchrun --nproc-per-node 2 " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("shard", ["2/2", "1", "-1/2", "a/b"])
+def test_a_shard_is_one_of_so_many(shard, capsys):
+    with pytest.raises(SystemExit) as end:
+        program("think", ["--task", "tiny", f"--shard={shard}"])
+    assert end.value.code == 2 and "I from 0 to N - 1" in capsys.readouterr().err
+
+
+def test_a_shard_without_problems_and_one_of_a_question_are_refused(folder, problems, capsys):
+    one = ["--model", folder, "--shard", "3/4"]
+    assert program("think", [*one, "--data", problems, "--limit", "2"]) == 2
+    assert program("think", [*one, "--question", "Why?"]) == 2
+    said = capsys.readouterr().err
+    assert "there are only 2 problems" in said and "--shard goes with --task or --data" in said
+
+
+def test_a_program_of_one_process_says_so(monkeypatch, tmp_path, capsys):
+    for name in R.LAUNCHED:
+        monkeypatch.setenv(name, "2")
+    arguments = ["train", "--folder", str(tmp_path / "out")]
+    assert coconut_cli.command(arguments, coconut, lora, softcot) == 2
+    assert "one process: start it without torchrun" in capsys.readouterr().err
 
 
 def impatient(arguments):
