@@ -101,8 +101,7 @@ def require(what: str, found: Any, *supported: Any) -> None:
 def rope_frequencies(config: Config) -> tuple[Tensor, float]:
     """Frequencies of the rotary embedding, float32 [h/2], and the factor on its cosines and sines.
 
-    Sources: RoFormer (2104.09864); linear: 2306.15595; YaRN: 2309.00071, with its 0.1 ln(s) + 1 on
-    cos and sin of both sides; llama3: the Llama 3.1 reference implementation.
+    Sources: RoFormer 2104.09864; linear 2306.15595; YaRN 2309.00071; llama3: Meta's Llama 3.1 code.
     """
     h, base, rope = config.head_dim, config.rope_theta, config.rope
     freq = 1.0 / base ** (torch.arange(0, h, 2, dtype=torch.float32, device="cpu") / h)
@@ -186,12 +185,13 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Embeddings in, hidden states out; differentiable. Modules are named as in checkpoints.
 
-    `lab/fast.py` may replace `step`, and set `planner`, which says how many rows fit in memory, and
-    `recorder`, which makes of decode's step one that is recorded once and replayed.
+    `lab/fast.py` may replace `step`, and set `planner` (how many rows fit in memory), `recorder` (a
+    step that is recorded once and replayed), and `agree` (one process decides a step for all).
     """
 
     planner: Callable | None = None
     recorder: Callable | None = None
+    agree: Callable | None = None
 
     def __init__(self, config: Config):
         super().__init__()
@@ -257,9 +257,8 @@ class Transformer(nn.Module):
 class KVCache:
     """Keys and values of `rows` sequences, each at its own length: [rows, K, capacity, h] a layer.
 
-    Attention reads the first S positions, S being the longest length in use, rounded up: shapes
-    stay few, and a row's bits the same whichever neighbours it has. `advance` and `attend` run on
-    the device alone, so that they can be recorded once and replayed.
+    Attention reads the first S positions, the longest length in use rounded up: shapes stay few,
+    a row's bits the same beside any others. `advance` and `attend` run on the device alone.
     """
 
     def __init__(self, model: Transformer, rows: int, capacity: int):
@@ -412,7 +411,8 @@ def decode(
         at.u = u[every, at.t]
         at.hidden, logits = model.step(embeds, cache)
         known = logits.sum(-1).isfinite()  # or else the row ends; the method sees finite ones
-        token, following, *notes = method.step(logits.nan_to_num_(0, 0, 0), at)
+        decided = known, *method.step(logits.nan_to_num_(0, 0, 0), at)
+        known, token, following, *notes = model.agree(decided) if model.agree else decided
         token = token.masked_fill(~known, (c.eos_ids or (0,))[0])
         limit.masked_fill_(at.live & ~known, -1)
         if not kept:

@@ -276,18 +276,18 @@ def reason(
     seed: int = 0,
     batch_size: int = 16,
     watch: Callable | None = None,
+    order: Iterator[int] | None = None,
 ) -> Iterator[tuple[int, dict]]:
-    """Search for many questions in one batch; yields (index, record) as each is finished.
+    """Many searches in one batch; yields (index, `search`'s record with seconds) as each finishes.
 
-    batch_size: sequences decoded side by side, unused ones too. A record is `record`'s, with
-    seconds and all that `search` adds; stopped_by is "ei", "gain" or "rounds".
+    batch_size: sequences decoded side by side, unused ones too. order: which (default: all).
     """
     if settings.dimension > model.config.d:
         larger = f"{settings.dimension} is larger than the embedding's {model.config.d}"
         raise UserError(f"--dimension {larger}: lower it")
     start = partial(search, model, tokenizer, s=settings, seed=seed, watch=watch)
-    longest = settings.k * settings.max_new_tokens  # a verifier reads the candidates, too
-    yield from run(model, tokenizer, questions, start, Perturbed, settings, batch_size, longest)
+    most = settings.k * settings.max_new_tokens  # a verifier reads the candidates, too
+    yield from run(model, tokenizer, questions, start, Perturbed, settings, batch_size, most, order)
 
 
 def run(
@@ -299,6 +299,7 @@ def run(
     s: Settings,
     batch_size: int,
     longest: int = 0,
+    order: Iterator[int] | None = None,
 ) -> Iterator[tuple[int, dict]]:
     """Run a search for each question, with a method for decode that is made for model and rows.
 
@@ -306,7 +307,7 @@ def run(
     """
     lengths = [len(encoded(model, tokenizer, q.text).embeds) for q in questions]
     rows = model.plan(batch_size, max(lengths, default=1) + longest, s.max_new_tokens)
-    waiting, queue, finished = deque(enumerate(questions)), deque(), []
+    queue, finished = deque(), []
     running: dict[int, list] = {}  # index -> [search, outcomes so far, when it began, not finite]
 
     def advance(index: int, outcomes: list[Outcome] | None) -> None:
@@ -322,11 +323,12 @@ def run(
         queue.extend(Request(g.prompt, g.seeds, (index, i, g)) for i, g in enumerate(wanted))
 
     def requests() -> Iterator[Request | None]:
+        for index in order or range(len(questions)):
+            running[index] = [start(questions[index]), None, time.perf_counter(), 0]
+            advance(index, None)
+            while queue:  # the next one is opened when those that are have nothing to do
+                yield queue.popleft()
         while True:
-            while not queue and waiting:  # opened only when those that are have nothing to do
-                index, question = waiting.popleft()
-                running[index] = [start(question), None, time.perf_counter(), 0]
-                advance(index, None)
             yield queue.popleft() if queue else None
 
     for output in decode(model, requests(), method(model, rows), rows, s.max_new_tokens, keep=2):

@@ -282,12 +282,13 @@ def think(
     batch_size: int = 16,
     trace: bool = False,
     watch: Callable | None = None,
+    order: Iterator[int] | None = None,
 ) -> Iterator[tuple[int, dict]]:
-    """Answer questions; yields (index, record) as each is finished.
+    """Answer questions; yields (index, record) as each ends.
 
-    samples[i] numbers the sample wanted of questions[i] (default 0); batch_size sequences are
-    decoded side by side, unused ones too, and change no bit of each other's records.
-    trace adds the steps; watch(token, *notes) sees those of row 0. UserError: empty, or too long.
+    samples[i] numbers questions[i]'s sample (default 0); batch_size sequences are decoded
+    side by side, and change no bit of each other's records. order: which i (None: all).
+    trace adds the steps; watch(token, *notes) sees row 0's. UserError: too long.
     """
     if type(questions) is str:
         raise ValueError("questions must be a list, not a text")
@@ -300,15 +301,15 @@ def think(
         check_prompt(model.config, ids, question)
     if not questions:
         return
-    samples = samples or [0] * len(questions)
+    samples = [k for _, k in zip(questions, samples or [0] * len(questions), strict=True)]
 
     def requests() -> Iterator[Request]:
         last = prompt = None
-        for i, (question, sample) in enumerate(zip(questions, samples, strict=True)):
-            if question != last:  # samples of one question share its prefill
-                ids = torch.tensor(tokens[question], device=model.device)
-                last, prompt = question, Prompt(model.embed(ids))
-            yield Request(prompt, (seed, text_seed(question), sample), i)
+        for i in order or range(len(questions)):
+            if questions[i] != last:  # its samples share a prefill
+                last = questions[i]
+                prompt = Prompt(model.embed(torch.tensor(tokens[last], device=model.device)))
+            yield Request(prompt, (seed, text_seed(last), samples[i]), i)
 
     rows = model.plan(batch_size, max(map(len, tokens.values())), settings.max_new_tokens)
     method = SoftThinking(model, tokenizer, settings, rows, trace)

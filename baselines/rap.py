@@ -240,11 +240,11 @@ def reason(
     settings: Settings = Settings(),
     seed: int = 0,
     batch_size: int = 16,
+    order: Iterator[int] | None = None,
 ) -> Iterator[tuple[int, dict]]:
     """As soft_reasoning.reason."""
     if not model.config.eos_ids:
         raise UserError("the model's config.json names no end-of-sequence token: add eos_token_id")
     start = partial(search, model, tokenizer, s=settings, seed=seed)
-    longest = settings.max_new_tokens + 100  # steps, and what is asked about them
-    method = partial(Steps, tokenizer=tokenizer)
-    yield from run(model, tokenizer, questions, start, method, settings, batch_size, longest)
+    how = settings, batch_size, settings.max_new_tokens + 100, order  # steps, asking about them
+    yield from run(model, tokenizer, questions, start, partial(Steps, tokenizer=tokenizer), *how)

@@ -152,17 +152,18 @@ def reason(
     seed: int = 0,
     batch_size: int = 16,
     watch: Callable | None = None,
+    order: Iterator[int] | None = None,
 ) -> Iterator[tuple[int, dict]]:
     """As soft_reasoning.reason, for any of the methods."""
     if settings.method == "rap":
-        yield from rap.reason(model, tokenizer, questions, settings, seed, batch_size)
+        yield from rap.reason(model, tokenizer, questions, settings, seed, batch_size, order)
         return
     if settings.method == "soft":
         yield from soft_reasoning.reason(
-            model, tokenizer, questions, settings, seed, batch_size, watch
+            model, tokenizer, questions, settings, seed, batch_size, watch, order
         )
         return
     start = {"greedy": greedy, "cot-decoding": cot_decoding}.get(settings.method, sampled)
     start = partial(start, model, tokenizer, s=settings, seed=seed)
     method = partial(Sampling, s=settings)
-    yield from run(model, tokenizer, questions, start, method, settings, batch_size)
+    yield from run(model, tokenizer, questions, start, method, settings, batch_size, order=order)

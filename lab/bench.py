@@ -3,6 +3,7 @@
     python -m lab.bench --model smollm2-135m --against transformers,llama.cpp --json bench.json
     python -m lab.bench --model smollm2-135m --compile --against transformers,llama.cpp
     python -m lab.bench --model smollm2-135m --quantize int8
+    torchrun --nproc-per-node 2 -m lab.bench --model r1-llama-70b --tensor-parallel 2
     python -m lab.bench --model smollm2-135m --assistant tiny/assistant --against transformers
     python -m lab.bench --gp --against botorch
     python -m lab.bench --regret --against botorch --repeats 20
@@ -33,7 +34,7 @@ from torch import Tensor, nn
 import soft_reasoning
 import softcot
 from lab import bench_landscapes, bench_report, bench_search, bench_training, checkpoint, cli
-from lab import fast, files, flags, peers, timing
+from lab import fast, files, flags, peers, ranks, timing
 from lab.timing import Clock
 from model import Prompt, Request, Tokenizer, Transformer, UserError, check_prompt, decode
 from model import weight_paths
@@ -161,7 +162,7 @@ def bench_decoding(args: argparse.Namespace) -> tuple[list[str], dict]:
     peak, limit = timing.peak_memory(device), timing.bandwidth(device)
     exact, lost = model, ""
     if args.quantize:  # the peers' weights are not in 8 bits
-        exact = fast.load(args.model, args.device, args.dtype)[0]
+        exact = fast.load(args.model, args.device, args.dtype, place=args.place)[0]
         lost = quality(model, tokenizer, exact)
     prefills = {"ours": lambda length: prefill(model, embeds[:length])}
     versions = [f"torch {torch.__version__}"]
@@ -242,7 +243,8 @@ def read_arguments(arguments: list[str]) -> argparse.Namespace:
         ("repeats", 5, "repetitions of each, in turns, or seeds"),
     ):
         add(f"--{name}", type=int, default=default, help=f"{what} (default: {default})")
-    flags.add_flags(parser, "device dtype quantize compile json", json={"help": "every number"})
+    names = "device dtype tensor-parallel quantize compile json"
+    flags.add_flags(parser, names, json={"help": "every number"})
     return parser.parse_args(arguments)
 
 
@@ -258,7 +260,7 @@ def command(arguments: list[str]) -> int:
         if not of_gp and not args.model:
             there = "--model NAME, --gp, --regret, --search, or --report FILE"
             raise UserError(f"nothing to measure: pass {there}")
-        flags.at_least(args, tokens=8, repeats=1)
+        flags.at_least(args, tokens=8, repeats=1, tensor_parallel=1)
         for name, numbers in (("batch", args.batch), ("prompt", args.prompt)):
             if min(numbers) < 1:
                 raise UserError(f"--{name} must be at least 1, not {min(numbers)}")
@@ -276,9 +278,11 @@ def command(arguments: list[str]) -> int:
         elif args.search:
             lines, numbers = bench_landscapes.measure(soft_reasoning, args)
         else:
-            lines, numbers = bench_decoding(args)
+            with ranks.joined(args):
+                lines, numbers = bench_decoding(args)
             lines += ["", *bench_training.measure(softcot, args)] if args.assistant else []
-        result = {"arguments": vars(args)} | numbers | {"text": lines}
+        given = {name: value for name, value in vars(args).items() if name != "place"}
+        result = {"arguments": given} | numbers | {"text": lines}
         files.publish("\n".join(lines), result, args.json)
 
     return cli.guarded("lab.bench", body, memory="lower --batch or --tokens")

@@ -8,14 +8,14 @@ import signal
 import sys
 import typing
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
-from lab import fast, files, page, protocols, results, tasks
+from lab import fast, files, page, protocols, ranks, results, tasks
 from lab.flags import FLAGS, TINY, add_flags, add_settings, at_least, check_given, fail
 from lab.flags import new_parser, settings_of
 from lab.identity import identified
@@ -57,8 +57,9 @@ def leave(command: Callable[..., int], *arguments: Any) -> NoReturn:
         sys.exit(fail(Path(sys.argv[0]).name, lacking))
     try:
         try:
-            code = command(*arguments)
-        except SystemExit as end:  # argparse's
+            with ranks.one_voice():
+                code = command(*arguments)
+        except SystemExit as end:  # argparse's, or lab/ranks.py's
             code = end.code
         sys.stdout.flush()
     except BrokenPipeError:
@@ -92,18 +93,18 @@ def command(arguments: list[str], doc: str, settings: type, run: Callable, view:
 
     def body() -> None:
         check_given(args)
-        at_least(args, seed=0, seeds=1, num_samples=1, batch_size=1)
+        at_least(args, seed=0, seeds=1, num_samples=1, batch_size=1, tensor_parallel=1)
         many = args.task or args.data
         if args.question is not None and many:
             both = "--question asks one question, --task and --data score many"
             raise UserError(f"{both}: pass one of them")
-        for name in ("protocol", "shots", "limit", "methods", "json"):
+        for name in ("protocol", "shots", "limit", "shard", "methods", "json"):
             if getattr(args, name, None) is not None and not many:
                 raise UserError(f"--{name} goes with --task or --data")
         if getattr(args, "trace", False):
             check_trace(args)
         view.check(args)
-        with files.reserved(args.output, args.json, args.html):
+        with ranks.joined(args), reserved(args):
             if many:
                 score(args, settings, run, view, methods)
             else:
@@ -117,8 +118,15 @@ def check_trace(args: argparse.Namespace) -> None:
         raise UserError("--trace goes with --output or --html, which it is written to")
 
 
+def reserved(args: argparse.Namespace) -> AbstractContextManager[None]:
+    """The files that this process writes, for it alone."""
+    given = vars(args).get
+    return files.reserved(args.place.file(given("output")), given("json"), given("html"))
+
+
 def load(args: argparse.Namespace) -> tuple[Transformer, Tokenizer]:
-    return fast.load(args.model, args.device, args.dtype, args.quantize, args.compile)
+    place = vars(args).get("place")
+    return fast.load(args.model, args.device, args.dtype, args.quantize, args.compile, place)
 
 
 def recorded(args: argparse.Namespace, model: Transformer, batch_size: int) -> dict:
@@ -131,6 +139,7 @@ def recorded(args: argparse.Namespace, model: Transformer, batch_size: int) -> d
     here |= {"device": weight.device.type, "dtype": str(weight.dtype)[6:]}
     here |= {"quantize": args.quantize, "compile": args.compile, "seed": args.seed}
     here |= {"batch_size": batch_size}
+    here |= args.place.recorded()
     return here | ({"trace": args.trace} if hasattr(args, "trace") else {})
 
 
@@ -150,9 +159,10 @@ def answer(args: argparse.Namespace, settings: type, run: Callable, view: type) 
     at_once = getattr(s, "at_once", 1)
     rows = min(args.batch_size, at_once) if samples == 1 else args.batch_size
     kept = recorded(args, model, rows) | asdict(s)
-    done, texts = {}, ("answer_text", "thought_text")
-    if args.output:
-        done = files.resume(args.output, {s.method: kept}, view.key, texts)
+    done, texts, output = {}, ("answer_text", "thought_text"), args.place.file(args.output)
+    if output:
+        done = files.resume(output, {s.method: kept}, view.key, texts)
+    done = args.place.same(done)
     about = {"question": args.question, "method": s.method, "seed": args.seed}
     keys = {i: tuple((about | {"sample": i})[name] for name in view.key) for i in range(samples)}
     todo = [i for i in keys if keys[i] not in done]
@@ -171,9 +181,9 @@ def answer(args: argparse.Namespace, settings: type, run: Callable, view: type) 
     records = list(done.values())
     for _, record in run(model, tokenizer, **options):
         records.append(about | record | {"settings": kept})
-        if args.output:
+        if output:
             # The run's settings, not the method's own; first, as lab/files.py knows a record.
-            files.append(args.output, {"settings": kept} | records[-1])
+            files.append(output, {"settings": kept} | records[-1])
         view.close(record, watch, model.device, gold)
     if args.html:
         page.write(args.html, records)
@@ -201,6 +211,7 @@ def score(
         wanted[method] = settings_of(args, settings, method=method, **only_soft)
     name, samples = args.task or "data", {m: view.samples(args, s) for m, s in wanted.items()}
     problems = tasks.load(name, args.data, args.limit, args.run_generated_code)
+    problems = args.place.problems(problems)
     task = protocols.judged(tasks.TASKS[name], args)
     asked = {problem.id: view.ask(problem, task, args) for problem in problems}
     model, tokenizer = load(args)
@@ -213,6 +224,7 @@ def score(
                 questions = [asked[problem.id] for problem, _ in jobs]
                 numbers = [sample for _, sample in jobs]
                 options = {"settings": s, "seed": seed, "batch_size": args.batch_size}
+                options["order"] = args.place.shares(len(jobs))
                 options |= view.arguments(questions, numbers, args)
                 for i, record in run(model, tokenizer, **options):
                     yield *jobs[i], {"prompt": questions[i].text} | record
@@ -221,7 +233,9 @@ def score(
 
     common = recorded(args, model, args.batch_size) | protocols.recorded(args, task)
     solvers = {m: (common | asdict(s), solver(s)) for m, s in wanted.items()}
-    result, records = results.run(problems, task, solvers, samples, args.output, args.json)
+    result, records = results.run(
+        problems, task, solvers, samples, args.output, args.json, args.place
+    )
     view.after(records, methods, problems, task, max(samples.values()))
     if getattr(args, "seeds", 1) > 1:
         results.over_seeds(result, records, problems, samples, args.json)

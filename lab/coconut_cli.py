@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lab import cli, fast, files, flags, page, tasks
+from lab import cli, fast, files, flags, page, ranks, tasks
 from lab.coconut_eval import ALPHA, DROPOUT, RANK, bare, probe, score
 from lab.folder import locked
 from lab.grading import grade, read_answer
@@ -75,6 +75,7 @@ def command(arguments: list[str], *modules: ModuleType) -> int:
     kept = getattr(args, "folder", getattr(args, "output", None))
 
     def body() -> None:
+        ranks.check_alone()
         flags.check_given(args)
         flags.at_least(args, save_every=1, batch_size=1, max_new_tokens=1)
         given = vars(args).get

@@ -8,14 +8,18 @@ plan of what fits in memory. Each can be read by itself; none is needed to under
 """
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import model as plain
-from lab import checkpoint, template
+from lab import checkpoint, parallel, template
+from lab.ranks import Place
 from lab.steps import CompiledStep, Recorder, packs
 from model import KVCache, Tokenizer, Transformer, UserError, causal_attention, rotate
 
@@ -26,26 +30,32 @@ def load(
     dtype: torch.dtype | str | None = None,
     quantize: str | None = None,
     compile: bool = False,
+    place: Place | None = None,
 ) -> tuple[Transformer, Tokenizer]:
     """As model.load, fast.
 
     quantize: "int8" keeps the matrices, but not the embeddings, in 8 bits: half the bytes of
     bfloat16; not for training. compile: decoding is compiled by Inductor, which takes about a
-    minute at the first step, and a C++ compiler on a CPU. Raises UserError for whatever the user
-    can fix, before memory is asked for.
+    minute at the first step, and a C++ compiler on a CPU. place: this process's among those that
+    hold the model between them. Raises UserError for whatever the user can fix, before memory is
+    asked for.
     """
+    N = place.parts if place else 1
     if quantize not in (None, "int8"):
         raise UserError(f"unknown quantisation {quantize}: use int8")
     device, dtype = checkpoint.choose(device, dtype)
+    if compile and N > 1:
+        raise UserError("--compile is for a model on one device: leave it out")
     if compile and device.type == "cpu":
         checkpoint.check_compiler()
     folder = checkpoint.find_folder(name)
     config = checkpoint.check_config(folder)
-    needed = weight_bytes(config, dtype, quantize)
+    needed = weight_bytes(config, dtype, quantize, N)
     checkpoint.check_memory(needed, device, dtype, quantize)
     spare = checkpoint.free_memory(device) - 3 * needed  # the weights, and packed ones beside them
     pack = not (quantize or compile) and packs(device, dtype) and spare > 0
     layer = Int8Linear if quantize else PackedLinear if pack else None
+    read = partial(parallel.load, place=place) if N > 1 else plain.load
     with tqdm(desc="loading layers", total=config.layers, delay=1, leave=False) as bar:
 
         def convert(module: nn.Module) -> None:  # block by block: the whole is not there twice
@@ -55,7 +65,7 @@ def load(
             bar.update()
 
         try:
-            model, tokenizer = plain.load(str(folder), str(device), dtype, convert)
+            model, tokenizer = read(str(folder), str(device), dtype, convert)
         except Exception:
             checkpoint.check_files(folder, config)  # says in one line what is wrong with them
             raise
@@ -67,18 +77,23 @@ def load(
         model.recorder = Recorder
     if compile:
         model.step = CompiledStep(model)
+    if N > 1:
+        parallel.join(model, place)
+        model.planner = partial(plan, least=place.least)
     return model, tokenizer
 
 
-def weight_bytes(c: plain.Config, dtype: torch.dtype, quantize: str | None) -> int:
-    """Bytes of a model's weights; in 8 bits all but the embeddings."""
+def weight_bytes(c: plain.Config, dtype: torch.dtype, quantize: str | None, parts: int = 1) -> int:
+    """Bytes of a model's weights, or of a part's; in 8 bits all but the embeddings."""
     with torch.device("meta"):
-        model = Transformer(c)
-    embeddings = model.embed.weight.numel()
-    rest = sum(p.numel() for p in model.parameters()) - embeddings
+        model = Transformer(replace(c, layers=1))
+    embeddings, layer = (
+        sum(p.numel() for p in x.parameters()) for x in (model.embed, model.layers)
+    )
+    rest = sum(p.numel() for p in model.parameters()) - embeddings + (c.layers - 1) * layer
     if quantize:
-        return embeddings * (dtype.itemsize + c.tied) + rest
-    return (embeddings + rest) * dtype.itemsize
+        return embeddings * dtype.itemsize + (embeddings * c.tied + rest) // parts
+    return (embeddings + rest // parts) * dtype.itemsize
 
 
 # --------------------------------------------------------------------------------- fused matrices
@@ -196,7 +211,10 @@ class Int8Linear(nn.Module):
     def __init__(self, linear: nn.Linear):
         super().__init__()
         weight = linear.weight.detach().float()
-        scale = (weight.abs().amax(1) / 127).clamp(min=1e-6).to(linear.weight.dtype)
+        largest = weight.abs().amax(1)
+        if hasattr(linear, "over"):  # a row lies on several ranks (lab/parallel.py)
+            dist.all_reduce(largest, dist.ReduceOp.MAX, linear.over)
+        scale = (largest / 127).clamp(min=1e-6).to(linear.weight.dtype)
         integers = (weight / scale[:, None].float()).round().clamp(-127, 127).to(torch.int8)
         self.register_buffer("weight", integers)
         self.register_buffer("scale", scale)
@@ -214,19 +232,29 @@ class Int8Linear(nn.Module):
 # ----------------------------------------------------------------------------------------- memory
 
 
-def plan(model: Transformer, rows: int, prompt: int, new: int) -> int:
+def row_bytes(
+    c: plain.Config, itemsize: int, device: torch.device, prompt: int, new: int
+) -> tuple[int, int]:
+    """Bytes of a prompt's keys and values, and of all that a row takes while it is decoded."""
+    positions = KVCache.rounded(min(prompt + new, c.context), device)
+    position = 2 * c.layers * c.kv_heads * c.head_dim * itemsize  # of its keys and values
+    held = position * min(prompt, c.context)
+    # A prompt keeps what was made of it; and float32 logits, and what a method makes of them.
+    return held, position * positions + held + 32 * c.vocab_size
+
+
+def plan(
+    model: Transformer, rows: int, prompt: int, new: int, least: Callable[[float], float] = float
+) -> int:
     """The rows, if they fit in what is free, with prompts and new tokens so long at most.
 
-    UserError where those are fewer: bits depend on how many are decoded side by side, so that the
-    number is the user's to lower.
+    least: of what is free on several ranks. UserError where those are fewer: bits depend on how
+    many are decoded side by side, so that the number is the user's to lower.
     """
-    c, weight = model.config, model.embed.weight
-    prompt, positions = min(prompt, c.context), min(prompt + new, c.context)
-    position = 2 * c.layers * c.kv_heads * c.head_dim * weight.itemsize  # of its keys and values
-    # A prompt keeps what was made of it; and float32 logits, and what a method makes of them.
-    row = position * (KVCache.rounded(positions, model.device) + prompt) + 32 * c.vocab_size
+    c, positions = model.config, min(prompt + new, model.config.context)
+    held, row = row_bytes(c, model.embed.weight.itemsize, model.device, prompt, new)
     # There is one more prompt: the one to come.
-    free = 0.9 * checkpoint.free_memory(model.device) - position * prompt
+    free = 0.9 * least(checkpoint.free_memory(model.device)) - held
     fit = int(min(rows, free / row))
     there = f"{free / 1e9:.1f} GB are free"
     if fit < 1:

@@ -1,7 +1,7 @@
 """Result files: JSON lines that a killed run goes on with, and whole files that appear at once.
 
 Only files that are new, or recognisably ours, are written; one process at a time writes to a file
-of records.
+of records (those that share a run write a part each).
 """
 
 import fcntl
@@ -143,6 +143,20 @@ def read(path: str | Path) -> bytes:
         raise UserError(f"cannot read {path}: {error.strerror}; check the path") from None
 
 
+def part(path: str | Path, number: int) -> str:
+    """The file of one of several processes: FILE.jsonl, FILE.part1.jsonl, FILE.part2.jsonl, ..."""
+    path = Path(path)
+    return str(path.with_name(f"{path.stem}.part{number}{path.suffix}") if number else path)
+
+
+def parts(path: str | Path) -> list[str]:
+    """The first one's file, there or not, and the others that are there."""
+    path = Path(path)
+    pattern = rf"{re.escape(path.stem)}\.part\d+{re.escape(path.suffix)}"
+    found = [str(x) for x in path.parent.glob("*") if re.fullmatch(pattern, x.name)]
+    return [str(path), *sorted(found)]
+
+
 def append(path: str | Path, record: dict) -> None:
     """Write one JSON line at the end of a file; it is on its way to the disk when this returns."""
     try:
@@ -162,9 +176,36 @@ def resume(
     others: Sequence[str] = (),
     flag: str = "--output",
 ) -> dict[tuple, dict]:
-    """Read the records of a result file, by their values for the names in `key`.
+    """As `records`, of a file that is to be written to, and that may not be there.
 
-    {} if there is no file. A half-written last line, which a killed process leaves, is cut off.
+    A half-written last line, which a killed process leaves, is cut off.
+    """
+    done, length, rest = records(path, settings, key, others, flag)
+    try:
+        # Opened even where nothing is cut: better to fail now than after the first problem.
+        with open(path, "ab") as file:
+            file.truncate(length)
+    except OSError as error:
+        another = f"give {flag} another name"
+        raise UserError(f"cannot read and write {path}: {error.strerror}; {another}") from None
+    if rest:
+        cut = f"cutting its {rest} bytes"
+        print(f"{path}: the last line is half-written; {cut}", file=sys.stderr)
+    if done:
+        print(f"{path}: going on after {len(done)} finished records", file=sys.stderr)
+    return done
+
+
+def records(
+    path: str | Path,
+    settings: dict[str, dict],
+    key: Sequence[str],
+    others: Sequence[str] = (),
+    flag: str = "--output",
+) -> tuple[dict[tuple, dict], int, int]:
+    """The records of a result file, by their values for the names in `key`; {} if there is none.
+
+    Also how many bytes they take, and how many a half-written last line behind them.
 
     settings: method -> settings. others: what a record must have beside the key; flag: the one that
     names the file. Raises UserError for a record of one of these methods with other settings, and
@@ -208,17 +249,9 @@ def resume(
         rest = content[len(whole) :]
         if rest and not whole and not half_written(rest, key):
             raise UserError(f"{path} is not a result file; {another}")
-        # Opened even where nothing is cut: better to fail now than after the first problem.
-        with open(path, "ab") as file:
-            file.truncate(len(whole))
     except OSError as error:
         raise UserError(f"cannot read and write {path}: {error.strerror}; {another}") from None
-    if rest:
-        cut = f"cutting its {len(rest)} bytes"
-        print(f"{path}: the last line is half-written; {cut}", file=sys.stderr)
-    if done:
-        print(f"{path}: going on after {len(done)} finished records", file=sys.stderr)
-    return done
+    return done, len(whole), len(rest)
 
 
 def half_written(rest: bytes, key: Sequence[str]) -> bool:

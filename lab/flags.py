@@ -16,6 +16,16 @@ ROOT = Path(__file__).resolve().parent.parent
 TINY = str(ROOT / "tiny" / "base")  # the bundled model
 TASKS = ", ".join(tasks.TASKS)
 
+
+def shard(text: str) -> tuple[int, int]:
+    """'0/4' as numbers, for argparse."""
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match or not int(match[1]) < int(match[2]):
+        form = "I/N, I from 0 to N - 1"
+        raise argparse.ArgumentTypeError(f"takes {form}, not {text!r}")
+    return int(match[1]), int(match[2])
+
+
 FLAGS = {  # those that are no settings of a method
     "model": {
         "default": TINY,
@@ -61,6 +71,17 @@ FLAGS = {  # those that are no settings of a method
     },
     "device": {"help": "cpu, cuda, or cuda:N (default: cuda where there is one)"},
     "dtype": {"help": "bfloat16, float16, or float32 (default: what the device is fast at)"},
+    "tensor-parallel": {
+        "type": int,
+        "metavar": "N",
+        "default": 1,
+        "help": "under torchrun: N processes hold a model between them (default: 1)",
+    },
+    "shard": {
+        "type": shard,
+        "metavar": "I/N",
+        "help": "only every N-th problem from the I-th on, 0/4 to 3/4: for job arrays",
+    },
     "quantize": {
         "choices": ["int8"],
         "help": "keep the weights in 8 bits: half of bfloat16's memory",

@@ -14,8 +14,10 @@ from statistics import mean, stdev
 
 from tqdm import tqdm
 
-from lab.files import append, check_place, plain_json, publish, resume
+from lab import files
+from lab.files import append, check_place, plain_json, publish
 from lab.grading import extract, grade, grader
+from lab.ranks import ALONE, Place
 from lab.tables import length, report
 from lab.tasks import Problem, Task, prompt
 from model import UserError
@@ -36,6 +38,7 @@ def run(
     num_samples: int | dict[str, int] = 1,
     output: str | Path | None = None,
     json_path: str | Path | None = None,
+    place: Place = ALONE,
 ) -> tuple[dict, dict[tuple, dict]]:
     """Run methods one after the other on the same problems, grade, record, and print the table.
 
@@ -50,6 +53,9 @@ def run(
     num_samples: of each problem, for all methods or by method; records in `output` of more samples
     are left out of the table.
 
+    place: this process's among several that share the jobs. Each appends to a file of its own
+    (files.part); rank 0 alone returns, when all are done, with the records of all.
+
     Raises UserError for a file that cannot be written, or is of other settings or problems.
     KeyboardInterrupt and errors of the method pass through; what was finished is in the file.
     """
@@ -57,7 +63,10 @@ def run(
         check_place(path)
     common = {"task": task.name, "grader": grader(task)}
     settings = {method: plain_json({**common, **own}) for method, (own, _) in methods.items()}
-    done = resume(output, settings, KEY, FACTS) if output else {}
+    done, own = {}, place.file(output)
+    if own:
+        files.resume(own, settings, KEY, FACTS)
+        done = together(output, settings)
     check_problems(output, done, problems, methods)
     samples = num_samples
     if not isinstance(samples, dict):
@@ -65,27 +74,40 @@ def run(
     records, speeds = {}, {}
     for method, (_, solve) in methods.items():
         wanted = [(problem, sample) for problem in problems for sample in range(samples[method])]
-        jobs = [job for job in wanted if (job[0].id, method, job[1]) not in done]
         keys = [(problem.id, method, sample) for problem, sample in wanted]
+        jobs = place.same([job for job, key in zip(wanted, keys) if key not in done])
         right = sum(done[key]["correct"] for key in keys if key in done)
-        start, tokens = time.perf_counter(), 0
+        start, tokens, made = time.perf_counter(), 0, 0
         with tqdm(desc=method, total=len(wanted), initial=len(wanted) - len(jobs)) as bar:
             for problem, sample, record in solve(jobs) if jobs else ():
                 record = record | {"settings": settings[method]}
                 record = graded(problem, task, method, sample, record)
-                if output:
-                    append(output, record)
+                if own:
+                    append(own, record)
                 done[problem.id, method, sample] = record
                 right, tokens = right + record["correct"], tokens + (length(record) or 0)
+                made += 1
                 bar.set_postfix_str(f"accuracy {right / (bar.n + 1):.1%}", refresh=False)
                 bar.update()
         if tokens:
-            speeds[method] = tokens / (time.perf_counter() - start), len(jobs)
+            speeds[method] = tokens / (time.perf_counter() - start), made
+    place.first_goes_on()
+    if place.replicas > 1:
+        done = together(output, settings)
+    for method in methods:
         numbers = range(samples[method])
         records[method] = [[done[p.id, method, i] for i in numbers] for p in problems]
     result, table = report(task, settings, records, speeds)
     publish(table, result, json_path)
     return result, done
+
+
+def together(output: str | Path, settings: dict[str, dict]) -> dict[tuple, dict]:
+    """The records of all parts of a result file."""
+    done = {}
+    for name in files.parts(output):
+        done |= files.records(name, settings, KEY, FACTS)[0]
+    return done
 
 
 def check_problems(

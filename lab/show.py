@@ -16,13 +16,14 @@ from torch import Tensor
 from lab import protocols, study, tables, tasks
 from model import Tokenizer, Transformer, UserError
 
-FIRST = "model question task data protocol limit run-generated-code methods seed"
+FIRST = "model question task data protocol limit shard run-generated-code methods seed"
+DEVICES = "device dtype tensor-parallel quantize"
 
 
 class Thought:
     """Soft Thinking: the thought streams as its most probable tokens, with alternatives."""
 
-    flags = f"{FIRST} num-samples batch-size device dtype quantize compile output trace json html"
+    flags = f"{FIRST} num-samples batch-size {DEVICES} compile output trace json html"
     key = ("question", "method", "seed", "sample")
     extra = ()  # methods of a benchmark only where --methods names them
     form = False  # whether a question is told which form its answer takes
@@ -124,7 +125,7 @@ class Thought:
 class Search:
     """Soft Reasoning: round by round the candidates, what chose them, and what they earned."""
 
-    flags = f"{FIRST} shots completion seeds batch-size device dtype quantize compile"
+    flags = f"{FIRST} shots completion seeds batch-size {DEVICES} compile"
     flags += " output json html analyse"
     key = ("question", "method", "seed")
     extra = ("rap",)
@@ -142,9 +143,9 @@ class Search:
         if args.analyse and (args.task or args.data or args.output):
             with_none = "it goes with none of --task, --data, --output"
             raise UserError(f"--analyse studies one question and prints: {with_none}")
-        if args.analyse and args.compile:
-            gone = "which are not there any more after --compile"
-            raise UserError(f"--analyse looks into the layers, {gone}: leave one out")
+        if args.analyse and (args.compile or args.tensor_parallel > 1):
+            gone = "which are not there any more, or not whole, with --compile or --tensor-parallel"
+            raise UserError(f"--analyse looks into the layers, {gone}: leave them out")
 
     @staticmethod
     def samples(args: argparse.Namespace, s: Any) -> int:

@@ -8,17 +8,19 @@ import hashlib
 import json
 import sys
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
 
 import torch
 
-from lab import cli, files, flags, page, protocols, results, show, soft_thoughts, softcot_variants
-from lab import tables, tasks
+from lab import cli, flags, page, protocols, ranks, results, show, soft_thoughts
+from lab import softcot_variants, tables, tasks
 from lab.fast import load
 from lab.folder import locked
 from lab.identity import identified
+from lab.replica import Replica
 from lab.softcot_variants import METHODS, Answering, variants
 from lab.trained import BEST, identity, kept_hidden
 from lab.training import Trainer
@@ -44,6 +46,7 @@ def command_line(command: str | None, method: ModuleType) -> argparse.ArgumentPa
     flags.add_flags(parser, "model device dtype", **bundled)
     several = "likewise; eval takes several, with commas (default: bundled)"
     add("--assistant", default=softcot_variants.TINY_ASSISTANT, help=several)
+    add("--assistant-device", help="as --device, of the assistant (default: the same)")
     if command:
         task = {"help": f"(default: tiny) one of {flags.TASKS}"}
         flags.add_flags(parser, "task data limit", task=task)
@@ -58,6 +61,7 @@ def command_line(command: str | None, method: ModuleType) -> argparse.ArgumentPa
         flags.add_flags(parser, "html")
         flags.add_settings(parser, method.Training)
         return parser
+    flags.add_flags(parser, "tensor-parallel")
     made = "made by train; eval takes several, with commas, one row each (default: bundled)"
     add("--projection", metavar="FILE", help=made)
     if command is None:
@@ -70,7 +74,7 @@ def command_line(command: str | None, method: ModuleType) -> argparse.ArgumentPa
     number = "N, or several with commas, one row each (default: as many as were trained)"
     add("--thoughts", default=None, help=number)
     chosen = f"of {', '.join(METHODS)} (default: all, lora only with --lora)"
-    names = "protocol run-generated-code methods seed batch-size output trace json html"
+    names = "protocol shard run-generated-code methods seed batch-size output trace json html"
     traced = "with --output or --html: norms, cosines and nearest tokens of the soft thoughts too"
     flags.add_flags(parser, names, methods={"help": chosen}, trace={"help": traced})
     told = "--no-thinking answers at once, where the model's template knows how (Qwen3)"
@@ -90,12 +94,12 @@ def command(arguments: list[str], *modules: ModuleType) -> int:
 
     def body() -> None:
         flags.check_given(args)
-        least = {"num_samples": 1, "seeds": 1, "batch_size": 1, "save_every": 1}
-        flags.at_least(args, **least, max_new_tokens=1, seed=0)
-        run, given = {"train": train, "eval": score, None: answer}[name], vars(args).get
-        if given("trace"):
+        ones = "num_samples", "seeds", "batch_size", "save_every", "tensor_parallel"
+        flags.at_least(args, **dict.fromkeys(ones, 1), max_new_tokens=1, seed=0)
+        run = {"train": train, "eval": score, None: answer}[name]
+        if vars(args).get("trace"):
             cli.check_trace(args)
-        with files.reserved(given("output"), given("json"), given("html")):
+        with ranks.joined(args), cli.reserved(args):
             run(args, *modules)
 
     keeps = f"{kept} keeps what was saved, and the same command goes on" if kept else ""
@@ -126,11 +130,13 @@ def train(
             f"steps to learn from ({without[0]} is the first): use {', '.join(tasks.TRAINING)}, "
             "or --data FILE with `steps`"
         )
-    with locked(Path(args.folder)) as folder:
+    path = Path(args.folder)
+    with nullcontext(path) if args.place.rank else locked(path) as folder:
         model, tokenizer = load(args.model, args.device, args.dtype)
         assistant = assistant_tokenizer = None
         if s.method == "softcot":
-            assistant, assistant_tokenizer = load(args.assistant, args.device, args.dtype)
+            device = args.assistant_device or args.device
+            assistant, assistant_tokenizer = load(args.assistant, device, args.dtype)
         eos = model.config.eos_ids
         if not eos:
             lacks = "names no end-of-sequence token in its config.json"
@@ -174,7 +180,8 @@ def train(
         else:
             trained = lora.start(model, s.rank)
             adapter = lora.adapter_config(args.model, s.rank, s.alpha, s.dropout)
-        trainer = Trainer(
+        made = Trainer if args.place.size == 1 else partial(Replica, args.place)
+        trainer = made(
             method, folder, model, tokenizer, task, fitting, sequences, about, s, trained, adapter
         )
         if s.method == "lora":
@@ -182,10 +189,12 @@ def train(
         if trainer.saved != trainer.total:
             if assistant:
                 path = folder / "hidden.safetensors"
-                trainer.hidden = kept_hidden(method, assistant, asked, n, path, about)
+                with args.place.first_before():
+                    trainer.hidden = kept_hidden(method, assistant, asked, n, path, about)
                 assistant = assistant_tokenizer = None  # its memory is wanted
             with adapted:
                 trainer.run(args.save_every, args.checkpointing)
+        args.place.first_goes_on()
         best, last = folder / BEST[s.method], folder / "last.safetensors"
         print(f"{best}: smallest held-out loss; {last}: last step")
         if args.html:
@@ -219,8 +228,9 @@ def score(
         raise UserError(f"--thoughts takes {numbers}, not {args.thoughts!r}")
     name = "data" if args.data and not args.task else args.task or "tiny"
     problems = tasks.load(name, args.data, args.limit, args.run_generated_code)
+    problems = args.place.problems(problems)
     task = tasks.TASKS[name]
-    model, tokenizer = load(args.model, args.device, args.dtype)
+    model, tokenizer = load(args.model, args.device, args.dtype, place=args.place)
     if not args.thinking:
         tokenizer = protocols.without_thinking(tokenizer)
     rows = variants(args, model, methods, [int(n) for n in numbers], method, lora)
@@ -236,14 +246,15 @@ def score(
         "prompt_version": method.PROMPT_VERSION,
         "batch_size": args.batch_size,
     }
-    base |= {"trace": True} if args.trace else {}
+    base |= args.place.recorded() | ({"trace": True} if args.trace else {})
     about = (method, lora, prompts, model, tokenizer, task, s, args.seed, args.batch_size)
-    solve = Answering(*about, args.trace)
+    solve = Answering(*about, args.place, args.trace)
     solvers = {}
     for row, (own, variant) in rows.items():
         assistant = identified(variant.name, "assistant_") if variant.name else {}
         solvers[row] = base | own | assistant, solve.by(variant)
-    result, records = results.run(problems, task, solvers, s.seeds, args.output, args.json)
+    written = args.output, args.json, args.place
+    result, records = results.run(problems, task, solvers, s.seeds, *written)
     if s.seeds > 1:
         seeds = dict.fromkeys(rows, s.seeds)
         results.over_seeds(result, records, problems, seeds, args.json)
@@ -266,7 +277,7 @@ def answer(
         remedy = "pass --projection FILE, which `train` makes"
         raise UserError(f"the bundled projection is for the bundled models: {remedy}")
     s = flags.settings_of(args, method.Settings)
-    model, tokenizer = load(args.model, args.device, args.dtype)
+    model, tokenizer = load(args.model, args.device, args.dtype, place=args.place)
     rows = variants(args, model, ["zero-shot-cot", "softcot"], [], method, lora)
     (_, plain), (_, soft), *_ = rows.values()
     task = tasks.TASKS.get(soft.task, task)  # its prompts are what the projection was trained with

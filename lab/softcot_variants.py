@@ -18,6 +18,7 @@ from lab import soft_thoughts, tasks
 from lab.flags import ROOT, TINY
 from lab.fast import load
 from lab.grading import reader, vote
+from lab.ranks import ALONE, Place
 from lab.results import Job
 from lab.tasks import Task
 from lab.trained import digest, identity, read_adapter, read_trained
@@ -69,7 +70,10 @@ def with_assistants(
             f"--projection names {len(paths)} files and --assistant {len(names)} models: name one "
             "of them for each"
         )
-    loaded = {name: load(name, args.device, args.dtype) for name in dict.fromkeys(names)}
+    device = args.assistant_device or args.device
+    loaded = {name: load(name, device, args.dtype) for name in dict.fromkeys(names)}
+    for assistant, _ in loaded.values():
+        assistant.agree = model.agree  # whole on every rank, which have to agree on its hints, too
     found = []
     for name, path in zip_longest(names, paths):
         variant = Variant("softcot", 0, {}, loaded[name], name=name)
@@ -126,6 +130,8 @@ def variants(
 
     for name in methods:
         if name == "lora":
+            if args.place.parts > 1:
+                raise UserError("lora is for a model on one device: leave --tensor-parallel out")
             trained, scale, adapter = read_adapter(Path(args.lora), model, here, lora.start)
             rows[name] = {"adapter": adapter}, Variant(name, 0, trained, scale=scale)
         elif name == "zero-shot-cot":
@@ -167,6 +173,7 @@ class Answering:
     s: Any  # softcot.Settings, but for the number of thoughts
     seed: int
     batch_size: int
+    place: Place = ALONE
     trace: bool = False  # what is fed in the thoughts' places is measured, too
 
     def by(self, variant: Variant) -> Callable[[list[Job]], Iterator[tuple]]:
@@ -201,7 +208,7 @@ class Answering:
                 seen[question] = {"soft_thoughts": soft_thoughts.measured(self.model, T)}
             return T
 
-        numbered = [(i, seed) for i, (_, seed) in enumerate(jobs)]
+        numbered = ((i, jobs[i][1]) for i in self.place.shares(len(jobs)))
         drawn: dict[int, dict[int, dict]] = {}  # job -> number of the draw -> its record
         began: dict[int, float] = {}
         merged = nullcontext()

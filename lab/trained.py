@@ -81,7 +81,7 @@ LAYER = (
 
 def fingerprint(model: Transformer) -> str:
     """The same for the same weights, wherever they lie, loaded in bfloat16 or float32."""
-    tensors, some = hf_tensors(model), []
+    tensors, some = model.starts() if hasattr(model, "starts") else hf_tensors(model), []
     groups = [["model.embed_tokens"]]
     for i in range(model.config.layers):
         groups += [[f"model.layers.{i}.{name}" for name in group] for group in LAYER]

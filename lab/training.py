@@ -128,7 +128,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(self.trained.values(), weight_decay=0.0)
         self.per_epoch = -(-len(self.train) // (s.batch_size * s.accumulate))
         self.total = s.epochs * self.per_epoch
-        self.step, self.best, self.dev_loss = 0, math.inf, math.nan
+        self.step, self.best, self.dev_loss, self.given = 0, math.inf, math.nan, s
         self.saved: int | None = None  # step of the last saved state
         self.resume()
 
@@ -152,7 +152,7 @@ class Trainer:
         # In bfloat16 on a CPU fused attention is slower than plain attention.
         plain = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
         steps = self.method.train(
-            self.trained, self.loss, self.train, self.s, self.step, self.optimizer, epoch_order
+            self.trained, self.loss, self.train, self.given, self.step, self.optimizer, epoch_order
         )
         while True:
             less = checkpointed(self.model) if checkpointing else nullcontext()

@@ -60,6 +60,7 @@ def test_every_flag_that_is_named_exists(file):
     bench = (ROOT / "lab" / "bench.py").read_text()
     known |= set(re.findall(r'"([a-z]+)"', bench[bench.index("def read_arguments") :]))
     known |= {name.replace("_", "-") for name in fields_of_settings()} | set(flags.FLAGS) | {"help"}
+    known |= {"nproc-per-node", "nnodes"}  # of torchrun
     known |= {f"no-{name}" for name in known}
     text = (ROOT / file).read_text(encoding="utf-8")
     named = set(re.findall(r"(?<![\w-])--([a-z][\w-]*)", text))
