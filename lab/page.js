@@ -129,10 +129,19 @@ function reach(root) { // by the tab key
 
 const filter = document.getElementById("filter");
 
-function build(problem) { // of a large page: its records are a comment until they are wanted
-  const kept = [...problem.childNodes].find((node) => node instanceof Comment);
+const built = new WeakMap(); // problem -> the promise of its records
+
+function build(problem) { // of a large page: its records are packed until they are wanted
+  if (!built.has(problem)) built.set(problem, unpack(problem));
+  return built.get(problem);
+}
+
+async function unpack(problem) {
+  const kept = problem.querySelector(":scope > .packed");
   if (!kept) return;
-  problem.insertAdjacentHTML("beforeend", kept.data);
+  const bytes = Uint8Array.from(atob(kept.textContent), (byte) => byte.charCodeAt(0));
+  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
+  problem.insertAdjacentHTML("beforeend", await new Response(stream).text());
   kept.remove();
   reach(problem);
   apply();
@@ -159,12 +168,12 @@ function apply() {
   document.getElementById("count").textContent = `${count} of ${total} records`;
 }
 
-function reveal() { // the record that the address names
+async function reveal() { // the record that the address names
   const name = CSS.escape(location.hash.slice(1));
   const mark = document.querySelector(`.mark[href="#${name}"]`);
   if (mark) {
     const problem = mark.closest(".problem");
-    build(problem);
+    await build(problem);
     problem.open = true;
   }
   const target = document.getElementById(location.hash.slice(1));

@@ -1,11 +1,13 @@
 """lab/report.py and its parts: pages, pictures and exchange, read back from what was written."""
 
+import base64
 import json
 import math
 import os
 import re
 import shutil
 import subprocess
+import zlib
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 from types import SimpleNamespace
@@ -44,7 +46,7 @@ class Page(HTMLParser):
     def __init__(self, text):
         super().__init__()
         self.root = SimpleNamespace(tag="", attrs={}, children=[])
-        self.open, self.comments = [self.root], []
+        self.open = [self.root]
         self.feed(text)
         self.close()
         assert self.open == [self.root]
@@ -57,9 +59,6 @@ class Page(HTMLParser):
 
     def handle_endtag(self, tag):
         assert self.open.pop().tag == tag
-
-    def handle_comment(self, data):
-        self.comments.append(data)
 
     def handle_data(self, data):
         self.open[-1].children.append(data)
@@ -176,17 +175,17 @@ def test_every_record_is_there_and_every_mark_leads_to_one(runs, name, tmp_path)
     assert all(drawn.count(f"#r{i}") == 1 for i in range(len(of)))  # of the lengths
 
 
-def test_a_large_page_keeps_its_records_as_comments_of_the_same_elements(
+def test_a_large_page_keeps_its_records_packed_as_the_same_elements(
     runs, hostile, tmp_path, monkeypatch
 ):
-    """Also where texts hold what would end a comment: HOSTILE."""
     for files in ([hostile], [runs.think]):
         whole = made(tmp_path, *files)
         monkeypatch.setattr(page, "LARGE", 0)
         large = made(tmp_path, *files)
         monkeypatch.undo()
         assert not list(large.all("article")) and list(large.all("noscript"))
-        built = Page("".join(large.comments))
+        kept = [said(x) for x in large.all("script", **{"class": "packed"})]
+        built = Page("".join(zlib.decompress(base64.b64decode(x)).decode() for x in kept))
         for name in ("article", "script", "svg", "p"):
             there = [(e.attrs, said(e)) for e in built.all(name)]
             inside = [(e.attrs, said(e)) for x in whole.all(**{"class": "entries"})
@@ -658,7 +657,7 @@ def test_axes_have_round_numbers():
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 browser = pytest.mark.skipif(not CHROMIUM, reason="no chromium here: apt-get install chromium")
-DRIVE = """{
+DRIVE = """(async () => {
 const said = {};
 const panel = document.getElementById("panel");
 const read = () => [...panel.querySelectorAll("div")].map((row) =>
@@ -666,7 +665,9 @@ const read = () => [...panel.querySelectorAll("div")].map((row) =>
 for (const details of document.querySelectorAll("details.problem")) {
   details.open = true;
   details.dispatchEvent(new Event("toggle")); // else it comes later
+  await build(details);
 }
+await new Promise((done) => setTimeout(done));
 said.steps = [...document.querySelectorAll("article .thought")].map((thought) => {
   thought.querySelector(".piece[data-start='0']").focus();
   const steps = [];
@@ -693,14 +694,15 @@ for (const [name, value] of CASES) {
   said.counts[name + "=" + value] = [document.getElementById("count").textContent, shown.length];
 }
 location.hash = "r1";
-addEventListener("hashchange", () => {
+addEventListener("hashchange", () => setTimeout(() => {
   said.revealed = document.getElementById(location.hash.slice(1)).checkVisibility();
   said.requests = performance.getEntriesByType("resource").map((entry) => entry.name);
   const out = document.createElement("pre");
   out.id = "said";
   out.textContent = JSON.stringify(said);
   document.body.append(out);
-});}
+}));
+})();
 """
 
 
