@@ -15,7 +15,7 @@ import torch
 from lab import cli, flags
 from lab.fast import row_bytes, weight_bytes
 from lab.parallel import part_of
-from model import ALIASES, Config, UserError
+from model import Config, UserError
 
 DEVICES = ((1, 24), (1, 80), (2, 80), (1, 141), (8, 80))  # how many, of so many GB
 PROMPT, THOUGHT = 256, 32768
@@ -101,7 +101,6 @@ def table() -> list[str]:
 
 def command(arguments: list[str]) -> int:
     flags.new_parser("lab.fits", __doc__.splitlines()[0]).parse_args(arguments)
-    assert SHAPES.keys() == ALIASES.keys()
     print("\n".join(table()))
     return 0
 
