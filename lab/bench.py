@@ -90,6 +90,7 @@ def candidates(model: Transformer, prompt: Tensor, number: int, tokens: int) -> 
     return timing.seconds(lambda: list(outputs), prompt.device)
 
 
+@torch.inference_mode(False)  # weights that are made in it are not packed
 def loading(args: argparse.Namespace) -> tuple[Transformer, Tokenizer, str]:
     """The model, and how fast it came, beside reading the same files: in the page cache, both."""
     cli.load(args)

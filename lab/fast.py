@@ -20,7 +20,7 @@ from tqdm import tqdm
 import model as plain
 from lab import checkpoint, parallel, template
 from lab.ranks import Place
-from lab.steps import CompiledStep, Recorder, packs
+from lab.steps import CompiledStep, Recorder, multiplies_bfloat16
 from model import KVCache, Tokenizer, Transformer, UserError, causal_attention, rotate
 
 
@@ -177,10 +177,17 @@ def exchange(module: nn.Module, layer: Callable[[nn.Linear], nn.Module]) -> None
             exchange(child, layer)
 
 
+def packs(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether decoding is faster with weights that are laid out for oneDNN's products."""
+    float32 = device.type == "cpu" and dtype == torch.float32
+    return multiplies_bfloat16(device, dtype) or float32 and torch.backends.mkldnn.is_available()
+
+
 class PackedLinear(nn.Linear):
-    """x [..., n] -> [..., m] in bfloat16 on a CPU: in decoding with the weight laid out for it.
+    """x [..., n] -> [..., m] on a CPU: in decoding with the weight laid out for oneDNN's product.
 
     PyTorch lays it out in every product otherwise, which takes longer than a product of few rows.
+    In float32 it pays for 2 to 256 rows, and for one on several threads (lab/SPEED.md).
     """
 
     def __init__(self, linear: nn.Linear):
@@ -192,6 +199,10 @@ class PackedLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         # A weight made in inference mode does not tell when it changes.
         if not torch.is_inference_mode_enabled() or self.weight.is_inference():
+            return F.linear(x, self.weight, self.bias)
+        rows = x.numel() // self.in_features
+        few = rows <= 256 and (rows > 1 or torch.get_num_threads() > 1)
+        if x.dtype == torch.float32 and not few:
             return F.linear(x, self.weight, self.bias)
         if self.version != self.weight._version:  # LoRA changes it between two decodings
             self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach())

@@ -23,7 +23,7 @@ class CompiledStep:
 
     def __init__(self, model: Transformer):
         self.model, self.sizes = model, set()  # sizes: numbers of rows that it has had
-        self.onednn = packs(model.device, model.embed.weight.dtype)
+        self.onednn = multiplies_bfloat16(model.device, model.embed.weight.dtype)
         if model.device.type == "cpu":
             inductor = torch._inductor.config
             inductor.freezing, inductor.max_autotune_gemm_backends = True, "CPP"
@@ -60,8 +60,8 @@ class CompiledStep:
         return out
 
 
-def packs(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether oneDNN multiplies this dtype by the processor's own instructions for it."""
+def multiplies_bfloat16(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies this dtype by a processor's own instructions for bfloat16."""
     here = device.type == "cpu" and dtype == torch.bfloat16
     return here and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 

@@ -1,5 +1,6 @@
 """lab.bench: it runs, counts bytes as by hand, and says what is wrong in one line."""
 
+import argparse
 import json
 import os
 import signal
@@ -54,6 +55,16 @@ def test_the_bundled_model_is_measured(tmp_path):
     assert "| 3 | concept tokens | " in ran.stdout
     assert "five candidates of one prompt" in ran.stdout and "perplexity" in found["int8"]
     assert "SoftCoT training step of tiny/base" in ran.stdout and "| ours | " in ran.stdout
+
+
+def test_what_is_timed_has_the_weights_that_users_have():
+    """Weights made in inference mode would not be packed for the processor's products."""
+    args = argparse.Namespace(
+        model="tiny/base", device="cpu", dtype=None, quantize=None, compile=False
+    )
+    with torch.inference_mode():
+        model, _, _ = program.loading(args)
+        assert not any(p.is_inference() for p in model.parameters())
 
 
 def test_the_search_is_measured_beside_random(tmp_path):

@@ -77,20 +77,28 @@ def test_gradients_through_a_fused_model_are_those_of_the_plain_one(folder_of):
 # ---------------------------------------------------------------------------------- other layouts
 
 
-@pytest.mark.skipif(
+native = pytest.mark.skipif(
     not fast.packs(torch.device("cpu"), torch.bfloat16),
     reason="this processor has no bfloat16 instructions",
 )
+
+
+@pytest.mark.parametrize(
+    "dtype, tolerance", [("float32", 1e-6), pytest.param("bfloat16", 4e-3, marks=native)]
+)
 @pytest.mark.parametrize("family", ["llama3", "qwen2", "llama-bias"])
-def test_packed_weights_multiply_as_the_weights_do_and_follow_their_changes(family, folder_of):
-    model, _ = load(str(folder_of(family)), "cpu", "bfloat16")
-    x, linear = torch.randn(5, 1, 32).bfloat16(), model.layers[0].self_attn.qkv
+def test_packed_weights_multiply_as_the_weights_do_and_follow_their_changes(
+    family, dtype, tolerance, folder_of
+):
+    model, _ = load(str(folder_of(family)), "cpu", dtype)
+    x, linear = torch.randn(5, 1, 32), model.layers[0].self_attn.qkv
+    x = x.to(linear.weight.dtype)
     assert isinstance(linear, PackedLinear)
     for _ in range(2):
         bias = None if linear.bias is None else linear.bias.double()
         exact = F.linear(x.double(), linear.weight.double(), bias)
         with torch.inference_mode():
-            assert close(linear(x).double(), exact, 4e-3)
+            assert close(linear(x).double(), exact, tolerance)
         with torch.no_grad():  # only decoding uses what is packed
             assert torch.equal(linear(x), F.linear(x, linear.weight, linear.bias))
             linear.weight.mul_(-0.5)
@@ -127,6 +135,18 @@ def test_weights_are_packed_where_decoding_asks_for_them_and_when_they_change(mo
         assert torch.equal(made(x), F.linear(x, made.weight, made.bias)) and len(packed) == 2
 
 
+@pytest.mark.parametrize("threads, expected", [(1, [0, 1, 1, 0]), (2, [1, 1, 1, 0])])
+def test_in_float32_packed_weights_are_for_few_rows(threads, expected, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    used = []
+    for rows in (1, 2, 256, 257):
+        layer = PackedLinear(nn.Linear(3, 2).requires_grad_(False))
+        with torch.inference_mode():
+            layer(torch.randn(rows, 1, 3))
+        used.append(layer.packed is not None)
+    assert used == expected
+
+
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
 @pytest.mark.skipif(
     torch.__version__.startswith("2.6"),
@@ -161,7 +181,7 @@ def test_a_compiled_step_is_the_step(folder_of, capsys):
 def test_several_rows_are_onednn_s_where_the_processor_multiplies_the_dtype(
     native, folder_of, monkeypatch
 ):
-    monkeypatch.setattr(steps, "packs", lambda device, dtype: native)
+    monkeypatch.setattr(steps, "multiplies_bfloat16", lambda device, dtype: native)
     monkeypatch.setattr(torch, "compile", lambda function: function)
     model, _ = M.load(str(folder_of("qwen3")), "cpu", "float32")
     with torch._inductor.config.patch(freezing=False, max_autotune=False):  # as it was, afterwards
