@@ -174,6 +174,18 @@ def test_several_rows_are_onednn_s_where_the_processor_multiplies_the_dtype(
     assert own == ([True, False, False] if native else [True] * 3)
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_step_of_8_bits_is_compiled_whole(rows, folder_of, monkeypatch):
+    """In pieces, Inductor with freezing took one layer's weights for another's."""
+    model, _ = load(str(folder_of("qwen2")), "cpu", "float32", "int8")
+    expected, compile = run(model, rows, range(3))[1], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f: compile(f, backend="eager", fullgraph=True))
+    with torch._inductor.config.patch(freezing=False, max_autotune=False):
+        model.step = steps.CompiledStep(model)
+        found = run(model, rows, range(3))[1]
+    assert all(close(found[i], logits, 1e-5) for i, logits in expected.items())
+
+
 def test_int8_by_hand():
     linear = nn.Linear(3, 2, bias=True)
     linear.weight.data = torch.tensor([[127.0, -64.0, 0.4], [0.0, 0.0, 0.0]])
