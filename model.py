@@ -188,6 +188,7 @@ class Transformer(nn.Module):
     planner: Callable | None = None  # how many rows fit in memory
     recorder: Callable | None = None  # a step that is recorded once and replayed
     agree: Callable | None = None  # one process decides a step for all
+    attention: Callable | None = None  # a kernel for one query per row, called by KVCache.attend
 
     def __init__(self, config: Config):
         super().__init__()
@@ -267,7 +268,7 @@ class KVCache:
         self.keys = [weight.new_zeros(shape) for _ in model.layers]
         self.values = [weight.new_zeros(shape) for _ in model.layers]
         self.S, self.mask, self.positions = 0, None, None
-        self.most = 0  # positions that a row may come to
+        self.most, self.attention = 0, model.attention  # most: positions that a row may come to
 
     @staticmethod
     def rounded(longest: int, device: torch.device) -> int:
@@ -312,6 +313,8 @@ class KVCache:
             x.transpose(1, 2).index_put_((self.rows, self.positions), new)
         (B, T, H, h), K, G = q.shape, self.K, self.G
         S = self.mask.shape[-1]  # self.S, as a size of a tensor: a step is compiled once for all
+        if T == 1 and self.attention:
+            return self.attention(q, self.keys[layer], self.values[layer], self.positions, S)
         # A group's query heads stand where positions would: their keys are read once.
         q = q.view(B, T, K, G, h).permute(0, 2, 3, 1, 4).reshape(B, K, G * T, h)
         k, v = (x[layer][:, :, :S] for x in (self.keys, self.values))
@@ -419,7 +422,7 @@ def decode(
         embeds.copy_(following)
         at.t.add_(at.live)
         at.live.logical_and_(~((token[:, None] == eos).any(-1) | (at.t >= limit)))
-        cache.lengths.mul_(at.live)  # of a row that has ended nothing more needs to be read
+        cache.lengths.mul_(at.live)  # a kernel reads no positions of a row that has ended
         return at.live
 
     recorded = model.recorder and not getattr(method, "host", False)

@@ -217,6 +217,17 @@ def test_int8_weights_are_off_by_half_a_step_at_most(dtype, folder_of):
     assert close(small(x).float(), model(x).float(), 0.05)
 
 
+def test_without_triton_pytorch_decodes_and_a_line_says_so(folder_of, monkeypatch, capsys):
+    model, _ = load(str(folder_of("qwen3")), "cpu", "float32")
+    monkeypatch.setitem(sys.modules, "triton", None)  # as where it is not installed
+    monkeypatch.delitem(sys.modules, "lab.kernels", raising=False)
+    monkeypatch.delattr("lab.kernels", raising=False)
+    fast.use_kernels(model)
+    said = capsys.readouterr().err
+    assert said.startswith("Triton's kernels cannot be used here, PyTorch's are (ModuleNotFound")
+    assert said.count("\n") == 1 and model.attention is None and len(run(model, 2, [0])[0]) == 1
+
+
 # ----------------------------------------------------------------------------------------- memory
 
 
