@@ -6,8 +6,7 @@
 
 In this order: Config, Transformer, KVCache, decode, Tokenizer, load. Shapes: B rows, T positions,
 d model width, H query heads, K key-value heads, h head width, V vocabulary, S positions that
-attention reads. Architectures: Llama 2 to 3.3, Qwen2, Qwen2.5, QwQ, Qwen3 (dense), Mistral without
-sliding window, SmolLM2, and the DeepSeek-R1 distillations.
+attention reads. Architectures: Llama 2 to 3.3, Qwen2 to Qwen3 (dense), QwQ, R1, Mistral, SmolLM2.
 """
 
 import hashlib
@@ -183,15 +182,13 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Embeddings in, hidden states out; differentiable. Modules are named as in checkpoints.
+    """Embeddings in, hidden states out; differentiable. Modules are named as in checkpoints."""
 
-    `lab/fast.py` may replace `step`, and set `planner` (how many rows fit in memory), `recorder` (a
-    step that is recorded once and replayed), and `agree` (one process decides a step for all).
-    """
-
-    planner: Callable | None = None
-    recorder: Callable | None = None
-    agree: Callable | None = None
+    # Set by lab/fast.py, which may replace `step` too:
+    planner: Callable | None = None  # how many rows fit in memory
+    recorder: Callable | None = None  # a step that is recorded once and replayed
+    agree: Callable | None = None  # one process decides a step for all
+    attention: Callable | None = None  # a kernel for one query per row, called by KVCache.attend
 
     def __init__(self, config: Config):
         super().__init__()
@@ -271,6 +268,7 @@ class KVCache:
         self.keys = [weight.new_zeros(shape) for _ in model.layers]
         self.values = [weight.new_zeros(shape) for _ in model.layers]
         self.S, self.mask, self.positions = 0, None, None
+        self.most, self.attention = 0, model.attention  # most: positions that a row may come to
 
     @staticmethod
     def rounded(longest: int, device: torch.device) -> int:
@@ -280,12 +278,13 @@ class KVCache:
         return -(-longest // step) * step
 
     def reserve(self, longest: int) -> None:
-        """Have room for rows of up to that many positions."""
+        """Have room for rows of up to that many positions; grows to twice the room, or `most`."""
         self.S, old = self.rounded(longest, self.lengths.device), self.keys[0].shape[2]
         # One more, never read: if attention read whole tensors, it would be compiled anew.
+        room = max(self.S, min(2 * old, self.rounded(self.most, self.lengths.device))) + 1
         for tensors in (self.keys, self.values) if self.S >= old else ():
             for layer, x in enumerate(tensors):  # one by one: only one of them is there twice
-                tensors[layer] = x.new_zeros(len(x), self.K, self.S + 1, x.shape[3])
+                tensors[layer] = x.new_zeros(len(x), self.K, room, x.shape[3])
                 tensors[layer][:, :, :old] = x
 
     def take(self, row: int, source: "KVCache | None", T: int) -> None:
@@ -314,6 +313,8 @@ class KVCache:
             x.transpose(1, 2).index_put_((self.rows, self.positions), new)
         (B, T, H, h), K, G = q.shape, self.K, self.G
         S = self.mask.shape[-1]  # self.S, as a size of a tensor: a step is compiled once for all
+        if T == 1 and self.attention:
+            return self.attention(q, self.keys[layer], self.values[layer], self.positions, S)
         # A group's query heads stand where positions would: their keys are read once.
         q = q.view(B, T, K, G, h).permute(0, 2, 3, 1, 4).reshape(B, K, G * T, h)
         k, v = (x[layer][:, :, :S] for x in (self.keys, self.values))
@@ -392,9 +393,8 @@ def decode(
     end-of-sequence ids; embeds its content, fed next; the first `keep` notes [rows, ...] are kept
     for every step. A method that needs the host in its steps says so by method.host = True.
 
-    A free slot takes the next request at once; None: there is none before the next step. All slots
-    are computed in every step: what a request yields does not depend, to the bit, on its slot, its
-    neighbours, or when it came. watch(token, *notes) is called after every step of slot 0.
+    A free slot takes the next request at once; None: there is none before the next step. A request
+    yields the same bits in any slot, beside any others. watch(token, *notes) sees slot 0's steps.
     """
     c, device, N = model.config, model.device, min(max_new_tokens, model.config.context)
     cache, every = KVCache(model, rows, 256), torch.arange(rows, device=device)
@@ -422,6 +422,7 @@ def decode(
         embeds.copy_(following)
         at.t.add_(at.live)
         at.live.logical_and_(~((token[:, None] == eos).any(-1) | (at.t >= limit)))
+        cache.lengths.mul_(at.live)  # a kernel reads no positions of a row that has ended
         return at.live
 
     recorded = model.recorder and not getattr(method, "host", False)
@@ -440,6 +441,7 @@ def decode(
                 budget -= coming.prompt.prefill(model)
                 continue
             row, T = slots.index(None), len(coming.prompt.embeds) - 1
+            cache.most = max(cache.most, min(T + 1 + N, c.context))
             cache.take(row, coming.prompt.cache, T)
             coming.rng = np.random.default_rng(coming.seeds)
             u[row] = torch.from_numpy(coming.rng.random(N + 1, dtype=np.float32))
@@ -615,9 +617,8 @@ ALIASES = {
     "mistral-7b": "mistralai/Mistral-7B-Instruct-v0.3",
     **{f"smollm2-{x.lower()}": f"HuggingFaceTB/SmolLM2-{x}-Instruct" for x in SMOLLM},
 }
-FILES = ["*.safetensors", "*.json", "chat_template.jinja"]
-# Not other formats' folders, and not Mistral's second copy of the weights.
-WANTED = {"allow_patterns": FILES, "ignore_patterns": ["*/*", "consolidated*"]}
+FILES = ["*.safetensors", "*.json", "chat_template.jinja"]  # not in folders of other formats
+WANTED = {"allow_patterns": FILES, "ignore_patterns": ["*/*", "consolidated*"]}  # a second copy
 
 
 def load(
@@ -627,8 +628,7 @@ def load(
 
     device: by default CUDA where there is one. dtype: torch's or its name; by default bfloat16 on
     CUDA and on processors that multiply it natively, else float32. convert(block) is called as each
-    block has its weights. UserError for a model that this transformer does not compute, and for
-    tensors that are not those of its config.json. Nothing of a model repository is run.
+    block has its weights. UserError for what is not computed here, and tensors unlike config.json.
     """
     device, dtype = choose(device, dtype)
     folder = Path(name).expanduser()

@@ -62,16 +62,17 @@ class Timed:
 
 
 def ours(
-    model: Transformer, tokenizer: Tokenizer, method: str, prompt: Prompt, batch: int, tokens: int
+    model: Transformer, tokenizer: Tokenizer, way: tuple, prompt: Prompt, batch: int, tokens: int
 ) -> float:
-    """Seconds per decoding step of `batch` rows that share a prompt."""
+    """Seconds per decoding step of `batch` rows that share a prompt; way: method and attention."""
+    method, attention = way
     s, clock = Settings(method=method, max_new_tokens=tokens, cold_stop=False), Clock()
-    recorder = model.recorder
+    recorder, kernel = model.recorder, model.attention
     requests = [Request(prompt, (0, row)) for row in range(batch)]
-    model.recorder = partial(Timed, clock, recorder)
+    model.recorder, model.attention = partial(Timed, clock, recorder), attention
     for _ in decode(model, requests, SoftThinking(model, tokenizer, s, batch), batch, tokens, 1):
         pass
-    model.recorder = recorder
+    model.recorder, model.attention = recorder, kernel
     return clock.per_step()
 
 
@@ -147,11 +148,15 @@ def bench_decoding(args: argparse.Namespace) -> tuple[list[str], dict]:
     first, longest = args.prompt[0], max(args.prompt)
     linear = [m for m in model.modules() if isinstance(m, (nn.Linear, fast.Int8Linear))]
     weights = sum(x.nbytes for m in linear for x in m.state_dict().values())
+    kernel = model.attention
+    ways = {"greedy": ("greedy", kernel), "concept tokens": ("soft", kernel)}
+    if kernel and not args.compile:  # what the kernel saves
+        ways["greedy, PyTorch's attention"] = "greedy", None
     contenders: dict[str, Callable[[int, int], float | None]] = {
-        name: lambda length, batch, m=m: ours(
-            model, tokenizer, m, prompts[length], batch, args.tokens
+        name: lambda length, batch, way=way: ours(
+            model, tokenizer, way, prompts[length], batch, args.tokens
         )
-        for name, m in (("greedy", "greedy"), ("concept tokens", "soft"))
+        for name, way in ways.items()
     }
     compiling = []
     for batch in args.batch:  # what the first run of a batch size pays for
@@ -174,6 +179,7 @@ def bench_decoding(args: argparse.Namespace) -> tuple[list[str], dict]:
             versions.append(peer.version)
     kind = str(dtype)[6:] + (", weights in int8" if args.quantize else "")
     kind += ", compiled" if args.compile else ""
+    kind += ", with Triton's kernels" if kernel else ""
     took = f"; compiling took {', '.join(compiling)}" if args.compile else ""
     runs = f"{args.repeats} repetitions in turns"
     header = [

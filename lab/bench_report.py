@@ -1,4 +1,4 @@
-"""One report of everything: the tests of tests/test_cuda.py, then the benches, by importance.
+"""One report of everything: the tests that use a GPU, then the benches, by importance.
 
     python -m lab.bench --device cuda --report report.jsonl      # report.md is written beside it
 
@@ -53,9 +53,9 @@ def sections(large: bool) -> dict[str, tuple[float, str]]:
     thoughts = "--prompt 960 8128 32704 --batch 1 4 16 --tokens 24 --repeats 2"
     prefills = "--prompt 1024 4096 --batch 1 --tokens 8 --repeats 3 --against transformers"
     return {
-        "tests": (180, "tests/test_cuda.py"),
+        "tests": (240, "tests/test_cuda.py tests/test_kernels.py"),
         "7b": (150, f"--model 7b {every}"),
-        "7b, long thoughts": (150, f"--model 7b {thoughts}"),
+        "7b, long thoughts": (210, f"--model 7b {thoughts}"),
         "7b, compiled": (240, f"--model 7b {two} --compile"),
         "7b, int8": (90, f"--model 7b {two} --quantize int8"),
         "7b, SoftCoT": (90, "--model 7b --assistant 0.5b --batch 1 --tokens 8 --repeats 3"),
@@ -63,7 +63,7 @@ def sections(large: bool) -> dict[str, tuple[float, str]]:
         "0.5b": (120, f"--model 0.5b {every} --against transformers"),
         "7b, prefill": (120, f"--model 7b {prefills}"),
         "0.5b, compiled": (180, f"--model 0.5b {two} --compile"),
-        "0.5b, long thoughts": (120, f"--model 0.5b {thoughts}"),
+        "0.5b, long thoughts": (150, f"--model 0.5b {thoughts}"),
     }
 
 

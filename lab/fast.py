@@ -3,10 +3,12 @@
     model, tokenizer = load("qwen2.5-7b", quantize="int8", compile=True)
 
 Fused matrices (q, k, v and gate, up are one product each), weights laid out for a CPU's matrix
-instructions or kept in 8 bits, a step compiled by Inductor, a step recorded as a CUDA graph, and a
-plan of what fits in memory. Each can be read by itself; none is needed to understand a method.
+instructions or kept in 8 bits, Triton's kernels, a step compiled by Inductor, a step recorded as a
+CUDA graph, and a plan of what fits in memory. Each can be read by itself; none is needed to
+understand a method.
 """
 
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -75,6 +77,7 @@ def load(
     model.planner = plan  # not bound to the model: a cycle would keep its memory
     if device.type == "cuda":
         model.recorder = Recorder
+        use_kernels(model)
     if compile:
         model.step = CompiledStep(model)
     if N > 1:
@@ -215,9 +218,11 @@ class Int8Linear(nn.Module):
 
     The scale is rounded first, and the weight then to its multiples, so that only the second
     rounding is an error: at most half a scale, 1/254 of the row's largest weight. Decoding on a CPU
-    multiplies the integers as they are; elsewhere, and where so many rows are decoded that it is
-    faster, the weight is made again for each product, with one rounding more.
+    and `product` multiply the integers as they are; elsewhere, and where so many rows are decoded
+    that it is faster, the weight is made again for each product, with one rounding more.
     """
+
+    product: Callable | None = None  # lab/kernels.py's: of 64 rows at most
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
@@ -232,12 +237,34 @@ class Int8Linear(nn.Module):
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
 
     def forward(self, x: Tensor) -> Tensor:
-        few = x.numel() <= 24 * x.shape[-1]
-        if x.device.type == "cpu" and torch.is_inference_mode_enabled() and few:
+        # Not whether inference mode is on: asked for that, a compiled step falls into pieces.
+        constant, row = not x.requires_grad, x.shape[-1]
+        if self.product and constant and x.numel() <= 64 * row:
+            return self.product(x, self.weight, self.scale, self.bias)
+        if x.device.type == "cpu" and constant and x.numel() <= 24 * row:
             rows = x.reshape(-1, x.shape[-1])
             y = torch._weight_int8pack_mm(rows, self.weight, self.scale).view(*x.shape[:-1], -1)
             return y if self.bias is None else y + self.bias
         return F.linear(x, self.weight * self.scale[:, None], self.bias)
+
+
+# ---------------------------------------------------------------------------------------- kernels
+
+
+def use_kernels(model: Transformer) -> None:
+    """Decode with lab/kernels.py, if it computes what PyTorch does; else a line says why not."""
+    layers = [module for module in model.modules() if isinstance(module, Int8Linear)]
+    try:
+        from lab import kernels  # here: not every system has Triton
+
+        kernels.check(model, layers)
+    except Exception as error:  # noqa: BLE001 (of Triton, of its compiler, of the driver)
+        cause = f"{type(error).__name__}: {error}".splitlines()[0]
+        print(f"Triton's kernels cannot be used here, PyTorch's are ({cause})", file=sys.stderr)
+        return
+    model.attention = kernels.attend
+    for layer in layers:
+        layer.product = kernels.int8_linear
 
 
 # ----------------------------------------------------------------------------------------- memory

@@ -175,6 +175,71 @@ def test_a_compiled_step_is_the_step(dtype, tolerance, loaded, capsys):
     assert capsys.readouterr().err.count("compiled the step for 3 sequences in ") == 1
 
 
+# -------------------------------------------------------------------------------- Triton's kernels
+
+
+@cuda
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_the_kernels_are_used(family, dtype, folder_of, capsys):
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from lab import kernels
+
+    model, _ = fast.load(str(folder_of(family)), "cuda", dtype, "int8")
+    assert model.attention is kernels.attend and not capsys.readouterr().err
+    products = [x.product for x in model.modules() if isinstance(x, fast.Int8Linear)]
+    assert products == [kernels.int8_linear] * 9
+
+
+@cuda
+@pytest.mark.parametrize(
+    "dtype, tolerance, quantize, compile",
+    [
+        ("float32", 1e-5, None, False),
+        ("bfloat16", 0.03, None, False),
+        ("float32", 1e-5, "int8", False),
+        ("bfloat16", 0.03, "int8", True),
+    ],
+)
+def test_steps_with_the_kernels_are_the_steps(dtype, tolerance, quantize, compile, loaded):
+    model, _ = loaded("qwen3", "cuda", dtype, quantize=quantize, compile=compile)
+    plain, _ = loaded("qwen3", "cuda", dtype, quantize=quantize)
+    plain.attention = plain.recorder = None
+    for module in plain.modules():
+        if isinstance(module, fast.Int8Linear):
+            module.product = None
+    ids = torch.randint(0, 250, (1500,), generator=torch.Generator().manual_seed(0)).cuda()
+
+    def outs(model, lengths):
+        requests = [Request(Prompt(model.embed(ids[:n])), data=(n, 12)) for n in lengths]
+        return {n: logits for n, _, logits in greedy(model, requests, Greedy(model, 3), 3)}
+
+    lengths = (1, 255, 256, 700, 1500)  # several sizes: several recordings
+    expected, found = outs(plain, lengths), outs(model, lengths)
+    # The first logits: later ones may follow another token where two are as good as equal.
+    assert all(close(found[n][0], expected[n][0], tolerance) for n in lengths)
+    assert same_bits(outs(model, lengths[::-1]), found)
+    model.recorder = None
+    assert same_bits(outs(model, lengths), found)
+
+
+@cuda
+def test_a_cache_of_more_than_2_to_the_31_numbers_is_read_where_it_is():
+    kernels = pytest.importorskip("lab.kernels", reason="Triton is not installed")
+    rows, K, capacity, h = 17, 8, 131073, 128
+    if checkpoint.free_memory(torch.device("cuda")) < 2.2 * 2 * rows * K * capacity * h:
+        pytest.skip("needs 10 GB")
+    keys = torch.zeros(rows, K, capacity, h, device="cuda", dtype=torch.bfloat16)
+    values = torch.zeros_like(keys)
+    keys[-1, -1, 131000], values[-1, -1, 131000] = 1, 7
+    q = torch.zeros(rows, 1, 2 * K, h, device="cuda", dtype=torch.bfloat16)
+    q[-1, 0, -1] = 3  # 384 / sqrt(128) above the others: it takes nearly all of the weight
+    positions = torch.full((rows, 1), 131071, device="cuda")
+    y = kernels.attend(q, keys, values, positions, 131072)
+    assert torch.allclose(y[-1, 0, -1].float(), torch.full((h,), 7.0, device="cuda"), atol=0.05)
+    assert y[:, 0, :-2].abs().max() < 1e-3 and y[:-1].abs().max() < 1e-3
+
+
 # ------------------------------------------------------------------------------- bits of neighbours
 
 

@@ -69,6 +69,41 @@ def test_rows_of_very_different_lengths_share_a_cache_that_grows(folder_of):
     assert all(x.shape[2] == 705 for x in cache.keys)
 
 
+def test_a_cache_grows_to_twice_its_room_but_not_beyond_what_rows_may_come_to(folder_of):
+    model, _ = load(str(folder_of("llama2")), "cpu", "float32")
+    cache, rooms = KVCache(model, 2, 60), [65]
+    cache.most = 700  # rounded up: 704
+    for longest in range(1, 701):
+        cache.reserve(longest)
+        if cache.keys[0].shape[2] != rooms[-1]:
+            rooms.append(cache.keys[0].shape[2])
+    assert rooms == [65, 131, 263, 527, 705]
+
+
+def test_decoding_grows_its_cache_seldom_and_within_the_plan(folder_of, monkeypatch):
+    folder = folder_of("llama2")
+    edit(folder, max_position_embeddings=4096)
+    model, _ = load(str(folder), "cpu", "float32")
+
+    class Late(steps.Recorder):  # notices an end one step late
+        def record(self, S):
+            pass
+
+    model.recorder, rooms, reserve = Late, [], KVCache.reserve
+
+    def spy(cache, longest):
+        reserve(cache, longest)
+        if len(cache.lengths) == 2 and cache.keys[0].shape[2] not in rooms:
+            rooms.append(cache.keys[0].shape[2])
+
+    monkeypatch.setattr(KVCache, "reserve", spy)
+    embeds = prompts(model)
+    requests = [Request(Prompt(embeds[i]), data=(i, 300)) for i in (0, 3)]
+    assert len(list(greedy(model, requests, Greedy(model, 2), 2, 300))) == 2
+    # The longer prompt has 30 tokens; the plan counts on 384 positions for 330.
+    assert rooms == [257, 385] and KVCache.rounded(330, model.device) == 384
+
+
 def test_what_a_row_held_before_does_not_come_back(folder_of):
     model, _ = load(str(folder_of("llama2")), "cpu", "float32")
     cache, short = KVCache(model, 1, 128), KVCache(model, 1, 5)
@@ -295,6 +330,20 @@ def spied(model, rows, log):
 
     method.step = step
     return method
+
+
+def test_a_row_that_has_ended_reads_nothing_any_more(folder_of, monkeypatch):
+    model, _ = load(str(folder_of("llama2")), "cpu", "float32")
+    seen, attend = [], KVCache.attend
+
+    def spy(cache, layer, q, k, v):
+        if layer == 0 and q.shape[1] == 1 and len(q) == 2:
+            seen.append(cache.positions[:, 0].tolist())
+        return attend(cache, layer, q, k, v)
+
+    monkeypatch.setattr(KVCache, "attend", spy)
+    run(model, 2, [1, 2])  # prompts of 17 and 1 tokens, 5 and 13 new ones
+    assert seen == [[16 + t if t < 5 else 0, t] for t in range(13)]
 
 
 def test_a_finished_rows_place_is_taken_at_once(folder_of):

@@ -194,6 +194,18 @@ def test_several_rows_are_onednn_s_where_the_processor_multiplies_the_dtype(
     assert own == ([True, False, False] if native else [True] * 3)
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_step_of_8_bits_is_compiled_whole(rows, folder_of, monkeypatch):
+    """In pieces, Inductor with freezing took one layer's weights for another's."""
+    model, _ = load(str(folder_of("qwen2")), "cpu", "float32", "int8")
+    expected, compile = run(model, rows, range(3))[1], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f: compile(f, backend="eager", fullgraph=True))
+    with torch._inductor.config.patch(freezing=False, max_autotune=False):
+        model.step = steps.CompiledStep(model)
+        found = run(model, rows, range(3))[1]
+    assert all(close(found[i], logits, 1e-5) for i, logits in expected.items())
+
+
 def test_int8_by_hand():
     linear = nn.Linear(3, 2, bias=True)
     linear.weight.data = torch.tensor([[127.0, -64.0, 0.4], [0.0, 0.0, 0.0]])
@@ -223,6 +235,17 @@ def test_int8_weights_are_off_by_half_a_step_at_most(dtype, folder_of):
     assert torch.equal(model.embed.weight, small.embed.weight)
     x = model.embed(torch.arange(20))[None]
     assert close(small(x).float(), model(x).float(), 0.05)
+
+
+def test_without_triton_pytorch_decodes_and_a_line_says_so(folder_of, monkeypatch, capsys):
+    model, _ = load(str(folder_of("qwen3")), "cpu", "float32")
+    monkeypatch.setitem(sys.modules, "triton", None)  # as where it is not installed
+    monkeypatch.delitem(sys.modules, "lab.kernels", raising=False)
+    monkeypatch.delattr("lab.kernels", raising=False)
+    fast.use_kernels(model)
+    said = capsys.readouterr().err
+    assert said.startswith("Triton's kernels cannot be used here, PyTorch's are (ModuleNotFound")
+    assert said.count("\n") == 1 and model.attention is None and len(run(model, 2, [0])[0]) == 1
 
 
 # ----------------------------------------------------------------------------------------- memory
