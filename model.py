@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import huggingface_hub
-import jinja2.sandbox
 import numpy as np
 import tokenizers
 import torch
 import torch.nn.functional as F
+from jinja2.sandbox import ImmutableSandboxedEnvironment as Sandbox
 from safetensors import safe_open
 from torch import Tensor, nn
 
@@ -78,10 +78,9 @@ class Config:  # what the transformer needs to know of a config.json
             rope.setdefault("original_max_position_embeddings", context)
             context = max(context, int(rope["factor"] * rope["original_max_position_embeddings"]))
         # A window as long as the context is no window. Only Mistral's is in force without a switch.
-        window = c.get("sliding_window") if c.get("use_sliding_window", kind == "mistral") else None
+        window = c.get("use_sliding_window", kind == "mistral") and c.get("sliding_window")
         if window and window < context:
-            found = f"sliding window of {window} positions"
-            raise UserError(f"unsupported attention: {found}; supported is full attention")
+            require("attention", f"sliding window of {window} positions", "full attention")
         found = {"d": d, "ffn": c["intermediate_size"], "layers": c["num_hidden_layers"]}
         found |= {"vocab_size": c["vocab_size"], "norm_eps": c.get("rms_norm_eps", 1e-6)}
         found |= {"heads": heads, "kv_heads": c.get("num_key_value_heads") or heads, "rope": rope}
@@ -91,17 +90,14 @@ class Config:  # what the transformer needs to know of a config.json
         return Config(kind, eos_ids=eos_ids, **found, **bias)
 
 
-def require(what: str, found: Any, *supported: Any) -> None:
+def require(what: str, found: Any, *supported: str) -> None:
     if found not in supported:
-        these = f"{'are' if len(supported) > 1 else 'is'} {', '.join(map(str, supported))}"
-        raise UserError(f"unsupported {what}: found {found}; supported {these}")
+        raise UserError(f"unsupported {what}: found {found}; supported: {', '.join(supported)}")
 
 
 def rope_frequencies(config: Config) -> tuple[Tensor, float]:
-    """Frequencies of the rotary embedding, float32 [h/2], and the factor on its cosines and sines.
-
-    Sources: RoFormer 2104.09864; linear 2306.15595; YaRN 2309.00071; llama3: Meta's Llama 3.1 code.
-    """
+    """Frequencies of the rotary embedding, float32 [h/2], and the factor on cosines and sines."""
+    # RoFormer 2104.09864; linear: 2306.15595; YaRN: 2309.00071; llama3: Meta's Llama 3.1 code.
     h, base, rope = config.head_dim, config.rope_theta, config.rope
     freq = 1.0 / base ** (torch.arange(0, h, 2, dtype=torch.float32, device="cpu") / h)
     s = 1.0 if rope["rope_type"] == "default" else rope["factor"]
@@ -118,8 +114,8 @@ def rope_frequencies(config: Config) -> tuple[Tensor, float]:
     turns = rope.get("beta_fast") or 32, rope.get("beta_slow") or 1
     first, last = (h * math.log(original / (n * 2 * math.pi)) / (2 * math.log(base)) for n in turns)
     first, last = max(math.floor(first), 0), min(math.ceil(last), h - 1)
-    index = torch.arange(h // 2, device="cpu")
-    stretch = ((index - first) / max(last - first, 0.001)).clamp(0, 1)
+    index = torch.arange(h // 2, device="cpu") - first
+    stretch = (index / max(last - first, 0.001)).clamp(0, 1)
     factor = rope.get("attention_factor") or (0.1 * math.log(s) + 1 if s > 1 else 1.0)
     return stretch * freq / s + (1 - stretch) * freq, factor
 
@@ -265,8 +261,7 @@ class KVCache:
         self.lengths = torch.zeros(rows, dtype=torch.long, device=weight.device)
         # Zeros, because what is masked is still multiplied (by 0), and 0 * NaN is NaN.
         shape = (rows, self.K, self.rounded(capacity, weight.device) + 1, c.head_dim)
-        self.keys = [weight.new_zeros(shape) for _ in model.layers]
-        self.values = [weight.new_zeros(shape) for _ in model.layers]
+        self.keys, self.values = ([weight.new_zeros(shape) for _ in model.layers] for _ in range(2))
         self.S, self.mask, self.positions = 0, None, None
         self.most, self.attention = 0, model.attention  # most: positions that a row may come to
 
@@ -329,6 +324,7 @@ class Prompt:
     CHUNK = 512  # positions at once: a long prompt does not keep the other rows waiting for long
 
     embeds: Tensor  # [T, d], T >= 1
+    like: "Prompt | None" = None  # a prefilled one: what both begin with is taken from it
     cache: KVCache | None = None  # their keys and values, one row
     done: int = 0  # positions that are in it
 
@@ -338,7 +334,14 @@ class Prompt:
 
     def prefill(self, model: Transformer) -> int:
         """Prefill the next chunk; how many positions it had."""
-        self.cache = self.cache or KVCache(model, 1, len(self.embeds) - 1)
+        if self.cache is None:
+            self.cache = KVCache(model, 1, len(self.embeds) - 1)
+            if self.like:
+                n = min(self.like.done, len(self.embeds) - 2)
+                alike = (self.embeds[:n] == self.like.embeds[:n]).all(-1)
+                self.done = int(alike.cumprod(0).sum())
+                self.cache.take(0, self.like.cache, self.done)
+                self.like = None  # its memory is free
         chunk = self.embeds[self.done : len(self.embeds) - 1][: self.CHUNK]
         self.cache.reserve(self.done + len(chunk))
         if not model(chunk[None], self.cache).isfinite().all():
@@ -530,12 +533,10 @@ class Tokenizer:
         # {% generation %}: what is learned from, for training tools. A block of its own, like with.
         text = re.sub(r"(\{%[-+]?\s*(?:end)?)generation\b", r"\1with", text or "")
         # Anybody can write a template: it runs in the sandbox, without Python's internals.
-        sandbox = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        sandbox.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
-        sandbox.globals |= {"raise_exception": refuse_chat, "strftime_now": time.strftime}
-        self.template = sandbox.from_string(text) if text else None
+        env = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+        env.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
+        env.globals |= {"raise_exception": refuse_chat, "strftime_now": time.strftime}
+        self.template = env.from_string(text) if text else None
 
     def encode(self, text: str) -> list[int]:
         return self.core.encode(text, add_special_tokens=False).ids
@@ -569,8 +570,7 @@ class Tokenizer:
     def automaton(self, text: str, vocab_size: int) -> Tensor:
         """Recognises a text in a stream of tokens: uint8 [len(text), V], next = table[matched, id].
 
-        `matched` counts the characters of the text that the stream ends with; len(text): it is
-        complete, perhaps by a token that runs past it. Its first character may not come again.
+        `matched`: so many characters of the text end the stream. Its first may not come again.
         """
         table = torch.zeros(len(text), vocab_size, dtype=torch.uint8)
         if (whole := self.core.token_to_id(text)) is not None:
@@ -586,7 +586,7 @@ class Tokenizer:
 
 
 def refuse_chat(message: str) -> None:
-    raise jinja2.TemplateError(message)
+    raise UserError(message)
 
 
 def split_thought(text: str) -> tuple[str, str]:

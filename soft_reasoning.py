@@ -9,9 +9,8 @@ token's embedding, and the search looks for the embedding whose answer is best:
     y(x)                   the greedy continuation of prompt and x
     f(x) = r_verifier + r_coherence
 
-`generate_one` and `search` are the paper; `reason` runs many searches in one batch. Not followed
-are two faults of the official code: an RBF lengthscale of 1 in 50 dimensions makes all points
-unrelated, its search random; and its EI has the sign of its argument turned round.
+`generate_one` and `search` are the paper; `reason` runs many in one batch. Mended are two faults of
+the official code: its lengthscale of 1 makes a search in 50 dimensions random; EI's sign is wrong.
 """
 
 import math
@@ -159,7 +158,7 @@ def search(
     U = torch.randn(s.k, d, generator=generator, dtype=torch.float64)  # round 0: u ~ N(0, I)
     ei, points, verdicts, verdict = [None] * s.k, [], [], None
     for t in range(s.rounds):
-        # Evaluate f at x = z + sigma u A.
+        # Evaluate f at x = z + sigma u A: r_verifier = 1[y = y_v], and r_coherence.
         outcomes = yield [Generation(prompt, s.sigma * (u.float() @ A), s.position) for u in U]
         if s.reward != "coherence":
             texts = [outcome.text for outcome in outcomes]
@@ -167,7 +166,6 @@ def search(
             verdicts.append(verdict)
         for u, e, outcome in zip(U, ei, outcomes):
             answer = question.read(outcome.text)
-            # r_verifier = 1[y = y_v]
             r_verifier = float(question.same(answer, verdict["answer"])) if verdict else None
             r_coherence = coherence(outcome, s.coherence, s.position)
             reward = (r_verifier or 0.0) + (r_coherence if s.reward != "verifier" else 0.0)
@@ -229,13 +227,12 @@ def coherence(outcome: Outcome, kind: str, position: int = 0) -> float:
 
 def chosen(question: Question, points: list[dict], verdicts: list[dict], select: str) -> str:
     """The text of the best point that gives an answer, or of the best with the majority's."""
-    answered = [point for point in points if point["answer"] is not None] or points
+    given = [point for point in points if point["answer"] is not None] or points
     answers = [said["answer"] for said in points + verdicts]
     i = question.vote(answers, question.same)
     if select == "vote" and i is not None:
-        said = [said for said in answered + verdicts if question.same(said["answer"], answers[i])]
-        answered = said or answered
-    return max(answered, key=lambda said: said.get("reward", -math.inf))["text"]
+        given = [x for x in given + verdicts if question.same(x["answer"], answers[i])] or given
+    return max(given, key=lambda said: said.get("reward", -math.inf))["text"]
 
 
 def record(text: str, answers: list, tokens: list[int], verification: int = 0) -> dict:
@@ -308,10 +305,10 @@ def run(
     lengths = [len(encoded(model, tokenizer, q.text).embeds) for q in questions]
     rows = model.plan(batch_size, max(lengths, default=1) + longest, s.max_new_tokens)
     queue, finished = deque(), []
-    running: dict[int, list] = {}  # index -> [search, outcomes so far, when it began, not finite]
+    running: dict[int, list] = {}  # index -> [search, outcomes, start, not finite, last prompt]
 
     def advance(index: int, outcomes: list[Outcome] | None) -> None:
-        current, _, began, cut = running[index]
+        current, _, began, cut, last = running[index]
         try:
             wanted = current.send(outcomes)
         except StopIteration as end:
@@ -320,11 +317,14 @@ def run(
             finished.append((index, end.value | about))
             return
         running[index][1] = [None] * len(wanted)
-        queue.extend(Request(g.prompt, g.seeds, (index, i, g)) for i, g in enumerate(wanted))
+        for i, g in enumerate(wanted):
+            if g.prompt.cache is None:  # it begins as the last one does: with the question
+                g.prompt.like, running[index][4] = last, g.prompt
+            queue.append(Request(g.prompt, g.seeds, (index, i, g)))
 
     def requests() -> Iterator[Request | None]:
         for index in order or range(len(questions)):
-            running[index] = [start(questions[index]), None, time.perf_counter(), 0]
+            running[index] = [start(questions[index]), None, time.perf_counter(), 0, None]
             advance(index, None)
             while queue:  # the next one is opened when those that are have nothing to do
                 yield queue.popleft()

@@ -271,7 +271,7 @@ def check_weights(folder: Path, config: Config) -> None:
                     entry = f.get_slice(name)
                     shapes[name] = entry.get_shape()
                     if entry.get_dtype() not in ("BF16", "F16", "F32"):
-                        supported = "supported are bfloat16, float16, float32 weights"
+                        supported = "supported: bfloat16, float16, float32 weights"
                         raise UserError(f"{path}: {name} is {entry.get_dtype()}; {supported}")
         except (safetensors.SafetensorError, OSError) as error:
             raise UserError(

@@ -8,7 +8,6 @@ CUDA graph, and a plan of what fits in memory. Each can be read by itself; none 
 understand a method.
 """
 
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -20,9 +19,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import model as plain
-from lab import checkpoint, parallel, template
+from lab import checkpoint, parallel, steps, template
 from lab.ranks import Place
-from lab.steps import CompiledStep, Recorder, multiplies_bfloat16
 from model import KVCache, Tokenizer, Transformer, UserError, causal_attention, rotate
 
 
@@ -76,10 +74,10 @@ def load(
         model.lm_head = layer(model.lm_head)
     model.planner = plan  # not bound to the model: a cycle would keep its memory
     if device.type == "cuda":
-        model.recorder = Recorder
-        use_kernels(model)
+        model.recorder = steps.Recorder
+        steps.use_kernels(model, [m for m in model.modules() if isinstance(m, Int8Linear)])
     if compile:
-        model.step = CompiledStep(model)
+        model.step = steps.CompiledStep(model)
     if N > 1:
         parallel.join(model, place)
         model.planner = partial(plan, least=place.least)
@@ -183,7 +181,8 @@ def exchange(module: nn.Module, layer: Callable[[nn.Linear], nn.Module]) -> None
 def packs(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether decoding is faster with weights that are laid out for oneDNN's products."""
     float32 = device.type == "cpu" and dtype == torch.float32
-    return multiplies_bfloat16(device, dtype) or float32 and torch.backends.mkldnn.is_available()
+    known = float32 and torch.backends.mkldnn.is_available()
+    return known or steps.multiplies_bfloat16(device, dtype)
 
 
 class PackedLinear(nn.Linear):
@@ -246,25 +245,6 @@ class Int8Linear(nn.Module):
             y = torch._weight_int8pack_mm(rows, self.weight, self.scale).view(*x.shape[:-1], -1)
             return y if self.bias is None else y + self.bias
         return F.linear(x, self.weight * self.scale[:, None], self.bias)
-
-
-# ---------------------------------------------------------------------------------------- kernels
-
-
-def use_kernels(model: Transformer) -> None:
-    """Decode with lab/kernels.py, if it computes what PyTorch does; else a line says why not."""
-    layers = [module for module in model.modules() if isinstance(module, Int8Linear)]
-    try:
-        from lab import kernels  # here: not every system has Triton
-
-        kernels.check(model, layers)
-    except Exception as error:  # noqa: BLE001 (of Triton, of its compiler, of the driver)
-        cause = f"{type(error).__name__}: {error}".splitlines()[0]
-        print(f"Triton's kernels cannot be used here, PyTorch's are ({cause})", file=sys.stderr)
-        return
-    model.attention = kernels.attend
-    for layer in layers:
-        layer.product = kernels.int8_linear
 
 
 # ----------------------------------------------------------------------------------------- memory

@@ -13,9 +13,7 @@ import triton.language as tl
 from torch import Tensor, nn
 
 CHUNK = 256  # positions of a program, at any length: a row's bits depend on no other row
-MOST = (
-    64  # rows of a product in 8 bits; with more of them, reading the weights is not what takes long
-)
+MOST = 64  # rows of a product in 8 bits; with more, reading the weights is not what takes long
 
 # ---------------------------------------------------------------------------------------- attention
 

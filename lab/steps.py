@@ -1,4 +1,4 @@
-"""Faster steps for model.decode: compiled by Inductor, or recorded as a CUDA graph and replayed."""
+"""Faster steps for model.decode: compiled by Inductor, with Triton's kernels, or recorded once."""
 
 import sys
 import time
@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from model import KVCache, Transformer, UserError
 
@@ -64,6 +64,24 @@ def multiplies_bfloat16(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether oneDNN multiplies this dtype by a processor's own instructions for bfloat16."""
     here = device.type == "cpu" and dtype == torch.bfloat16
     return here and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def use_kernels(model: Transformer, layers: list[nn.Module]) -> None:
+    """Decode with lab/kernels.py, if it computes what PyTorch does; else a line says why not.
+
+    layers: those with weights in 8 bits.
+    """
+    try:
+        from lab import kernels  # here: not every system has Triton
+
+        kernels.check(model, layers)
+    except Exception as error:  # noqa: BLE001 (of Triton, of its compiler, of the driver)
+        cause = f"{type(error).__name__}: {error}".splitlines()[0]
+        print(f"Triton's kernels cannot be used here, PyTorch's are ({cause})", file=sys.stderr)
+        return
+    model.attention = kernels.attend
+    for layer in layers:
+        layer.product = kernels.int8_linear
 
 
 class Recorder:

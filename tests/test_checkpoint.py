@@ -22,13 +22,13 @@ from model import UserError
 WRONG = [
     (
         {"model_type": "gemma2"},
-        "unsupported architecture: found gemma2; supported are llama, qwen2, qwen3, mistral",
+        "unsupported architecture: found gemma2; supported: llama, qwen2, qwen3, mistral",
     ),
     ({"model_type": "qwen3_moe"}, "found qwen3_moe"),
-    ({"hidden_act": "gelu"}, "unsupported activation: found gelu; supported is silu"),
+    ({"hidden_act": "gelu"}, "unsupported activation: found gelu; supported: silu"),
     (
         {"rope_scaling": {"rope_type": "longrope", "factor": 2.0}},
-        "unsupported RoPE type: found longrope; supported are default",
+        "unsupported RoPE type: found longrope; supported: default",
     ),
     (
         {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
@@ -161,7 +161,7 @@ def test_quantised_tensors_and_shards_outside_the_folder_are_refused(folder_of):
     tensors = safetensors.torch.load_file(folder / "model.safetensors")
     tensors["model.norm.weight"] = torch.zeros(32, dtype=torch.int8)
     safetensors.torch.save_file(tensors, folder / "model.safetensors")
-    for either, said in ((load, "; supported are bfloat16"), (M.load, " .*, unlike config.json")):
+    for either, said in ((load, "; supported: bfloat16"), (M.load, " .*, unlike config.json")):
         with pytest.raises(UserError, match="model.norm.weight is I8" + said):
             either(str(folder), "cpu")
     (folder / "model.safetensors").rename(folder.parent / "a.safetensors")

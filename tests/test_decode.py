@@ -484,6 +484,33 @@ def test_requests_of_one_prompt_share_its_prefill(folder_of, monkeypatch):
     assert lengths == [29]  # the thirtieth is fed in the first step
 
 
+@pytest.mark.parametrize(
+    "ids, alone, beside",  # positions that are prefilled; the last is fed in the first step
+    [
+        ([5, 6, 7, 8, 9, 10], [5], [1]),
+        ([5, 6, 7, 30, 9, 10], [5], [2]),
+        ([5, 6, 7, 8], [3], [1]),  # all of it is there, but one is always computed
+        ([30, 6, 7, 8], [3], [3]),
+        ([5, 6], [1], [1]),
+        ([5], [], []),
+    ],
+)
+def test_what_a_prompt_begins_with_is_taken_from_one_that_begins_alike(
+    ids, alone, beside, folder_of, monkeypatch
+):
+    model, _ = load(str(folder_of("qwen3")), "cpu", "float32")
+    other = Prompt(model.embed(torch.tensor([5, 6, 7, 8, 20])))
+    other.prefill(model)  # 5, 6, 7 and 8
+    embeds, outs = model.embed(torch.tensor(ids)), []
+    for like, prefilled in ((None, alone), (other, beside)):
+        lengths = forwards(monkeypatch)
+        requests = [Request(Prompt(embeds, like), data=(0, 6))]
+        outs.append([tokens for _, tokens, _ in greedy(model, requests, Greedy(model, 1), 1)])
+        assert lengths == prefilled
+        monkeypatch.undo()
+    assert outs[0] == outs[1]
+
+
 def test_a_long_prompt_is_prefilled_by_chunks_between_the_steps_of_the_others(
     folder_of, monkeypatch
 ):

@@ -242,7 +242,7 @@ def test_without_triton_pytorch_decodes_and_a_line_says_so(folder_of, monkeypatc
     monkeypatch.setitem(sys.modules, "triton", None)  # as where it is not installed
     monkeypatch.delitem(sys.modules, "lab.kernels", raising=False)
     monkeypatch.delattr("lab.kernels", raising=False)
-    fast.use_kernels(model)
+    steps.use_kernels(model, [])
     said = capsys.readouterr().err
     assert said.startswith("Triton's kernels cannot be used here, PyTorch's are (ModuleNotFound")
     assert said.count("\n") == 1 and model.attention is None and len(run(model, 2, [0])[0]) == 1

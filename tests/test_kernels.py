@@ -142,7 +142,7 @@ def test_decoding_with_the_kernels_says_what_plain_decoding_says(
 ):
     model, _ = fast.load(str(folder_of(family)), DEVICE, "float32", quantize)
     expected = logits_of(use(model, None, None))
-    fast.use_kernels(model)
+    steps.use_kernels(model, quantised(model))
     assert model.attention is kernels.attend and not capsys.readouterr().err
     assert {x.product for x in quantised(model)} == ({kernels.int8_linear} if quantize else set())
     found = logits_of(model)
@@ -217,7 +217,7 @@ def test_a_kernel_that_fails_or_computes_something_else_is_not_used(
 ):
     use(model, None, None)
     monkeypatch.setattr(kernels, name, kernel)
-    fast.use_kernels(model)
+    steps.use_kernels(model, quantised(model))
     assert model.attention is None
     assert {x.product for x in quantised(model)} == {None}
     line = f"Triton's kernels cannot be used here, PyTorch's are \\({said}\\)\n"

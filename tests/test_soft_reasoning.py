@@ -413,3 +413,20 @@ def test_a_search_of_the_bundled_model_one_by_one_is_that_of_a_batch(one_thread)
     for i, question in enumerate(questions):
         check_search(one_by_one(model, tokenizer, question, settings, 1), together[i])
         assert together[i]["rounds"] == 3 and any(together[i]["answers"])
+
+
+def test_what_a_verifier_is_shown_again_is_taken_in_once(tiny_model, monkeypatch):
+    taken, prefill = [], Prompt.prefill
+
+    def spy(prompt, model):
+        taken.append((prompt.embeds.tolist(), prefill(prompt, model)))
+        return taken[-1][1]
+
+    monkeypatch.setattr(Prompt, "prefill", spy)
+    settings = Settings(k=2, rounds=3, dimension=8, stop_threshold=0, max_new_tokens=4)
+    list(reason(*tiny_model, [Question("Three of four, and what then?")], settings))
+    (first, n), *verifiers = taken
+    assert n == len(first) - 1 and len(verifiers) == 3
+    for (before, _), (embeds, n) in zip(taken, verifiers):
+        same = [a == b for a, b in zip(before, embeds)].index(False)  # the question, and more
+        assert same > 20 and n == len(embeds) - 1 - same
