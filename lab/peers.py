@@ -148,15 +148,16 @@ GGUF = {  # names in a checkpoint -> llama.cpp's in a GGUF file
 
 
 def write_gguf(model: Transformer, file: Path) -> None:
-    """The model as llama.cpp reads it, the same bfloat16 numbers, without a vocabulary.
+    """The model as llama.cpp reads it, the same numbers, without a vocabulary.
 
     UserError for a model that this writer does not know.
     """
     import gguf
 
-    c = model.config
-    if c.rope["rope_type"] != "default" or model.embed.weight.dtype != torch.bfloat16:
-        known = "bfloat16 models with plain RoPE only"
+    c, kinds = model.config, gguf.GGMLQuantizationType
+    kinds = {torch.bfloat16: kinds.BF16, torch.float32: kinds.F32}
+    if c.rope["rope_type"] != "default" or model.embed.weight.dtype not in kinds:
+        known = "bfloat16 and float32 models with plain RoPE only"
         raise UserError(f"llama.cpp is measured on {known}: leave it out of --against")
     kind = "llama" if c.model_type == "mistral" else c.model_type
     w = gguf.GGUFWriter(file, kind)
@@ -185,7 +186,7 @@ def write_gguf(model: Transformer, file: Path) -> None:
             w.add_tensor(renamed, x.float().numpy())
         else:
             raw = x.contiguous().view(torch.uint8).numpy()
-            w.add_tensor(renamed, raw, raw_dtype=gguf.GGMLQuantizationType.BF16)
+            w.add_tensor(renamed, raw, raw_dtype=kinds[x.dtype])
     w.write_header_to_file()
     w.write_kv_data_to_file()
     w.write_tensors_to_file()
