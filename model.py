@@ -294,8 +294,7 @@ class KVCache:
     def advance(self, T: int) -> tuple[Tensor, int]:
         """Every row is T positions longer: the new positions, LongTensor [rows, T], and a bound."""
         steps = torch.arange(self.S, device=self.lengths.device)
-        # A row that is not in use may point behind what is reserved: it stays at the last ones.
-        self.positions = self.lengths.clamp(max=self.S - T)[:, None] + steps[:T]
+        self.positions = self.lengths[:, None] + steps[:T]
         self.lengths += T
         later = steps > self.positions.repeat(1, self.G if T > 1 else 1)[:, None, :, None]
         # 0, or -inf where a position is not to be seen: [rows, 1, G * T, S], or [rows, 1, 1, S]
@@ -425,7 +424,7 @@ def decode(
         embeds.copy_(following)
         at.t.add_(at.live)
         at.live.logical_and_(~((token[:, None] == eos).any(-1) | (at.t >= limit)))
-        cache.lengths.mul_(at.live)  # a kernel reads no positions of a row that has ended
+        cache.lengths.mul_(at.live)  # what is not in use stays at the first position
         return at.live
 
     recorded = model.recorder and not getattr(method, "host", False)
@@ -570,7 +569,8 @@ class Tokenizer:
     def automaton(self, text: str, vocab_size: int) -> Tensor:
         """Recognises a text in a stream of tokens: uint8 [len(text), V], next = table[matched, id].
 
-        `matched`: so many characters of the text end the stream. Its first may not come again.
+        `matched` counts the characters of the text that the stream ends with; a token may run past
+        its end. The text's first character may not come again in it.
         """
         table = torch.zeros(len(text), vocab_size, dtype=torch.uint8)
         if (whole := self.core.token_to_id(text)) is not None:

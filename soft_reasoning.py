@@ -9,8 +9,8 @@ token's embedding, and the search looks for the embedding whose answer is best:
     y(x)                   the greedy continuation of prompt and x
     f(x) = r_verifier + r_coherence
 
-`generate_one` and `search` are the paper; `reason` runs many in one batch. Mended are two faults of
-the official code: its lengthscale of 1 makes a search in 50 dimensions random; EI's sign is wrong.
+`generate_one` and `search` are the paper; `reason` runs many in one batch. Two faults of the
+official code are mended: lengthscale 1 in 50 dimensions (a random search), and a wrong sign in EI.
 """
 
 import math

@@ -180,9 +180,9 @@ def exchange(module: nn.Module, layer: Callable[[nn.Linear], nn.Module]) -> None
 
 def packs(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether decoding is faster with weights that are laid out for oneDNN's products."""
-    float32 = device.type == "cpu" and dtype == torch.float32
-    known = float32 and torch.backends.mkldnn.is_available()
-    return known or steps.multiplies_bfloat16(device, dtype)
+    if device.type == "cpu" and dtype == torch.float32:
+        return torch.backends.mkldnn.is_available()
+    return steps.multiplies_bfloat16(device, dtype)
 
 
 class PackedLinear(nn.Linear):
