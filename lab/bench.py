@@ -179,7 +179,7 @@ def bench_decoding(args: argparse.Namespace) -> tuple[list[str], dict]:
             versions.append(peer.version)
     kind = str(dtype)[6:] + (", weights in int8" if args.quantize else "")
     kind += ", compiled" if args.compile else ""
-    kind += ", with Triton's kernels" if kernel else ""
+    kind += f", {'Triton' if device.type == 'cuda' else 'C++'} kernels" if kernel else ""
     took = f"; compiling took {', '.join(compiling)}" if args.compile else ""
     runs = f"{args.repeats} repetitions in turns"
     header = [

@@ -78,6 +78,8 @@ def load(
         steps.use_kernels(model, [m for m in model.modules() if isinstance(m, Int8Linear)])
     if compile:
         model.step = steps.CompiledStep(model)
+        if device.type == "cpu":
+            steps.use_attention(model)
     if N > 1:
         parallel.join(model, place)
         model.planner = partial(plan, least=place.least)

@@ -1,9 +1,9 @@
 """Triton kernels of decoding on CUDA: attention of one query per row, and products in 8 bits.
 
-`lab/fast.py` plugs them in where Triton is there and `check` finds them right. A grid depends on
-shapes alone, so that a step can be recorded as a CUDA graph; to torch.compile a kernel is one
-opaque operation, so that a compiled step runs the same code. Nothing is tuned at run time: two runs
-give the same bits.
+`lab/steps.py` plugs them in where Triton is there and they compute what PyTorch does. A grid
+depends on shapes alone, so that a step can be recorded as a CUDA graph; to torch.compile a kernel
+is one opaque operation, so that a compiled step runs the same code. Nothing is tuned at run time:
+two runs give the same bits.
 """
 
 import torch
@@ -11,6 +11,8 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor, nn
+
+from lab.steps import compare
 
 CHUNK = 256  # positions of a program, at any length: a row's bits depend on no other row
 MOST = 64  # rows of a product in 8 bits; with more, reading the weights is not what takes long
@@ -194,40 +196,19 @@ def _(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
-# -------------------------------------------------------------------------------------------- check
-
-
 @torch.inference_mode()
-def check(model: nn.Module, layers: list[nn.Module]) -> None:
-    """Compile the kernels, and compare them with PyTorch on random numbers of the model's shapes.
+def check_products(layers: list[nn.Module]) -> None:
+    """Compile the product for layers with weights in 8 bits, and compare it with PyTorch's.
 
-    layers: those with weights in 8 bits. Raises ArithmeticError where the two differ by more than
-    rounding, and whatever Triton raises where it cannot compile a kernel, or run it.
+    Raises ArithmeticError where the two differ by more than rounding, and whatever Triton raises
+    where it cannot compile a kernel, or run it.
     """
-    c, E = model.config, model.embed.weight
-    generator = torch.Generator(E.device).manual_seed(0)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, device=E.device).to(E.dtype)
-
-    q, keys, values = random(3, 1, c.heads, c.head_dim), *random(2, 3, c.kv_heads, 800, c.head_dim)
-    positions = torch.tensor([0, CHUNK, 3 * CHUNK - 1], device=E.device)[:, None]
-    seen = torch.arange(800, device=E.device) <= positions[:, :, None, None]
-    x, k, v = (x.float() for x in (q.transpose(1, 2), keys, values))
-    exact = F.scaled_dot_product_attention(x, k, v, seen, enable_gqa=True).transpose(1, 2)
-    for x in (keys, values):  # what a row does not see must not come in
-        x.masked_fill_(~seen.transpose(2, 3), float("nan"))
-    compare("attention", attend(q, keys, values, positions, 3 * CHUNK), exact)
     for layer in layers:
         parts = layer.weight, layer.scale, layer.bias
         weight, scale, bias = (None if x is None else x[-1024:].float() for x in parts)
+        generator = torch.Generator(weight.device).manual_seed(0)
         for rows in (1, 32, MOST):  # each is compiled for itself
-            x = random(rows, weight.shape[1])
+            x = torch.randn(rows, weight.shape[1], generator=generator, device=weight.device)
+            x = x.to(layer.scale.dtype)
             exact = F.linear(x.float(), weight * scale[:, None], bias)
             compare("a product in 8 bits", int8_linear(x, *parts)[:, -1024:], exact)
-
-
-def compare(what: str, found: Tensor, exact: Tensor) -> None:
-    most, off = 4 * torch.finfo(found.dtype).eps, (found - exact).abs().max() / exact.abs().max()
-    if not off <= max(most, 1e-4):  # NaN too
-        raise ArithmeticError(f"{what} in {str(found.dtype)[6:]} is off by {off:.2g}")

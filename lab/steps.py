@@ -1,4 +1,4 @@
-"""Faster steps for model.decode: compiled by Inductor, with Triton's kernels, or recorded once."""
+"""Faster steps for model.decode: compiled by Inductor, with our own kernels, or recorded once."""
 
 import sys
 import time
@@ -6,8 +6,10 @@ from collections import deque
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lab import attention
 from model import KVCache, Transformer, UserError
 
 
@@ -74,14 +76,59 @@ def use_kernels(model: Transformer, layers: list[nn.Module]) -> None:
     try:
         from lab import kernels  # here: not every system has Triton
 
-        kernels.check(model, layers)
+        check_attention(kernels.attend, model)
+        kernels.check_products(layers)
     except Exception as error:  # noqa: BLE001 (of Triton, of its compiler, of the driver)
-        cause = f"{type(error).__name__}: {error}".splitlines()[0]
-        print(f"Triton's kernels cannot be used here, PyTorch's are ({cause})", file=sys.stderr)
+        refuse("Triton's kernels cannot be used here, PyTorch's are", error)
         return
     model.attention = kernels.attend
     for layer in layers:
         layer.product = kernels.int8_linear
+
+
+def use_attention(model: Transformer) -> None:
+    """Decode with lab/attention.cpp, if it computes what PyTorch does; else a line says why not."""
+    c = model.config
+    try:
+        attend = attention.build(model.embed.weight.dtype, c.heads // c.kv_heads, c.head_dim)
+        check_attention(attend, model)
+    except Exception as error:  # noqa: BLE001 (of the compiler, of the system)
+        refuse("attention in C++ cannot be used here, PyTorch's is", error)
+        return
+    model.attention = attend
+
+
+def refuse(what: str, error: Exception) -> None:
+    cause = f"{type(error).__name__}: {error}".splitlines()[0]
+    print(f"{what} ({cause})", file=sys.stderr)
+
+
+@torch.inference_mode()
+def check_attention(attend: Callable, model: Transformer) -> None:
+    """ArithmeticError where a kernel and PyTorch differ by more than rounding.
+
+    On random numbers of the model's shapes: rows that end in their first chunk of 256 positions, in
+    the second, and with the third; what a row does not see is NaN.
+    """
+    c, E = model.config, model.embed.weight
+    generator = torch.Generator(E.device).manual_seed(0)
+    shapes = (3, 1, c.heads, c.head_dim), *2 * [(3, c.kv_heads, 800, c.head_dim)]
+    q, keys, values = (
+        torch.randn(shape, generator=generator, device=E.device).to(E.dtype) for shape in shapes
+    )
+    positions = torch.tensor([0, 256, 767], device=E.device)[:, None]
+    seen = torch.arange(800, device=E.device) <= positions[:, :, None, None]
+    x, k, v = (x.float() for x in (q.transpose(1, 2), keys, values))
+    exact = F.scaled_dot_product_attention(x, k, v, seen, enable_gqa=True).transpose(1, 2)
+    for x in (keys, values):
+        x.masked_fill_(~seen.transpose(2, 3), float("nan"))
+    compare("attention", attend(q, keys, values, positions, 768), exact)
+
+
+def compare(what: str, found: Tensor, exact: Tensor) -> None:
+    most, off = 4 * torch.finfo(found.dtype).eps, (found - exact).abs().max() / exact.abs().max()
+    if not off <= max(most, 1e-4):  # NaN too
+        raise ArithmeticError(f"{what} in {str(found.dtype)[6:]} is off by {off:.2g}")
 
 
 class Recorder:

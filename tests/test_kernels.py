@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, close, record_steps
+from test_attention import LAST, check_bits, check_exact, drawn, positions_of
 from test_decode import Greedy, greedy, prompts, same_bits
 
 from lab import fast, steps
@@ -28,62 +29,19 @@ BFLOAT16 = pytest.param(
     marks=pytest.mark.skipif(DEVICE == "cpu", reason="Triton's interpreter lacks bfloat16"),
 )
 DTYPES = ["float32", "float16", BFLOAT16]
-ROUNDING = {"float32": 2e-6, "float16": 2e-3, "bfloat16": 1.6e-2}
-LAST = (0, 254, 255, 256, 699)  # lengths 1, 255, 256, 257 and 700
 
 # ---------------------------------------------------------------------------------------- attention
-
-
-def drawn(K, G, h, dtype, capacity=900):
-    """q as it is within q and k, keys, values; what no row may see is NaN or infinite."""
-    generator = torch.Generator().manual_seed(0)
-    B, H = len(LAST), G * K
-    q, keys, values = (
-        torch.randn(shape, generator=generator).to(DEVICE, getattr(torch, dtype))
-        for shape in ((B, 1, H + K, h), (B, K, capacity, h), (B, K, capacity, h))
-    )
-    for row, last in enumerate(LAST):
-        keys[row, :, last + 1 :], values[row, :, last + 1 :] = math.nan, math.inf
-    return q.split([H, K], dim=2)[0], keys, values
-
-
-def positions_of(last):
-    return torch.tensor(last, device=DEVICE)[:, None]
-
-
-def exact(q, keys, values):
-    """Softmax attention in float64, row by row and head by head."""
-    out, G = torch.zeros(q.shape, dtype=torch.float64), q.shape[2] // keys.shape[1]
-    q, keys, values = (x.double().cpu() for x in (q, keys, values))
-    for row, last in enumerate(LAST):
-        for head in range(q.shape[2]):
-            k, v = (x[row, head // G, : last + 1] for x in (keys, values))
-            weights = torch.exp(k @ q[row, 0, head] / math.sqrt(q.shape[3]))
-            out[row, 0, head] = weights @ v / weights.sum()
-    return out
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("K, G, h", [(1, 1, 64), (2, 3, 96), (1, 7, 128), (1, 8, 64)])
 def test_attention_is_softmax_over_what_a_row_may_see(K, G, h, dtype):
-    q, keys, values = drawn(K, G, h, dtype)
-    y = kernels.attend(q, keys, values, positions_of(LAST), 768)
-    assert y.dtype == q.dtype and y.shape == q.shape
-    expected = exact(q, keys, values)
-    assert (y.cpu() - expected).abs().max() < ROUNDING[dtype] * expected.abs().max()
+    check_exact(kernels.attend, *drawn(K, G, h, dtype, DEVICE))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_rows_bits_depend_on_no_size_and_no_neighbour(dtype):
-    q, keys, values = drawn(1, 7, 64, dtype)
-    together = kernels.attend(q, keys, values, positions_of(LAST), 768)
-    for row, last in enumerate(LAST):  # in a cache that is just large enough
-        alone = (x[row : row + 1, :, : last + 1].contiguous() for x in (keys, values))
-        y = kernels.attend(q[row : row + 1], *alone, positions_of([last]), last + 1)
-        assert torch.equal(y[0], together[row])
-    flipped = (x.flip(0) for x in (q, keys, values))
-    again = kernels.attend(*flipped, positions_of(LAST[::-1]), 900)
-    assert torch.equal(again.flip(0), together)
+    check_bits(kernels.attend, *drawn(1, 7, 64, dtype, DEVICE))
 
 
 # -------------------------------------------------------------------------------- weights in 8 bits
@@ -182,13 +140,13 @@ def test_to_a_compiled_step_the_kernels_are_one_operation_each(model, monkeypatc
 
 @pytest.mark.filterwarnings("ignore")  # of PyTorch's own
 def test_the_operations_tell_pytorch_the_truth_about_themselves():
-    q, keys, values = drawn(2, 2, 16, "float32", 10)
+    q, keys, values = drawn(2, 2, 16, "float32", DEVICE, 1000)
     x, weight, scale = torch.randn(2, 1, 20), torch.ones(5, 20, dtype=torch.int8), torch.ones(5)
     for bias in (None, torch.ones(5)):
         product = [y if y is None else y.to(DEVICE) for y in (x, weight, scale, bias)]
         torch.library.opcheck(kernels.int8_linear, product)
-    positions = positions_of([0, 1, 2, 5, 9])
-    torch.library.opcheck(kernels.attend, (q, keys, values, positions, 10))
+    positions = positions_of(LAST, DEVICE)
+    torch.library.opcheck(kernels.attend, (q, keys, values, positions, 700))
 
 
 def failing(*arguments):
