@@ -30,17 +30,17 @@ static inline vec load(const uint16_t* x) {  // bfloat16: the upper half of a fl
     return (vec)(__builtin_convertvector(y, word) << 16);
 }
 
-static inline void store(float* x, float y) { *x = y; }
 static inline void store(float* x, vec y) { memcpy(x, &y, sizeof y); }
-
-static inline float sum(vec x) {
-    return ((x[0] + x[4]) + (x[1] + x[5])) + ((x[2] + x[6]) + (x[3] + x[7]));
-}
+static inline void store(float* x, float y) { *x = y; }
 
 static inline void store(uint16_t* x, float y) {
     uint32_t bits;
     memcpy(&bits, &y, sizeof y);
     *x = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;  // to the nearest, ties to even
+}
+
+static inline float sum(vec x) {
+    return ((x[0] + x[4]) + (x[1] + x[5])) + ((x[2] + x[6]) + (x[3] + x[7]));
 }
 
 // e^x for x <= 0, to float32's last digit or two: 2^n e^f, e^f by its series; at least e^-87.

@@ -52,8 +52,9 @@ def load(
     config = checkpoint.check_config(folder)
     needed = weight_bytes(config, dtype, quantize, N)
     checkpoint.check_memory(needed, device, dtype, quantize)
-    spare = checkpoint.free_memory(device) - 3 * needed  # the weights, and packed ones beside them
-    pack = not (quantize or compile) and packs(device, dtype) and spare > 0
+    # For the weights, packed ones beside them, and the constants of a compiled step.
+    spare = checkpoint.free_memory(device) - (3 + compile) * needed
+    pack = not quantize and packs(device, dtype) and spare > 0
     layer = Int8Linear if quantize else PackedLinear if pack else None
     read = partial(parallel.load, place=place) if N > 1 else plain.load
     with tqdm(desc="loading layers", total=config.layers, delay=1, leave=False) as bar:
@@ -201,8 +202,10 @@ class PackedLinear(nn.Linear):
         self.packed, self.version = None, None
 
     def forward(self, x: Tensor) -> Tensor:
-        # A weight made in inference mode does not tell when it changes.
-        if not torch.is_inference_mode_enabled() or self.weight.is_inference():
+        # A compiled step lays weights out for itself. One made in inference mode does not tell when
+        # it changes.
+        compiling = torch.compiler.is_compiling()
+        if compiling or not torch.is_inference_mode_enabled() or self.weight.is_inference():
             return F.linear(x, self.weight, self.bias)
         rows = x.numel() // self.in_features
         few = rows <= 256 and (rows > 1 or torch.get_num_threads() > 1)
@@ -212,6 +215,9 @@ class PackedLinear(nn.Linear):
             self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach())
             self.version = self.weight._version
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+
+    def __getstate__(self) -> dict:  # what is packed cannot be copied; a copy packs for itself
+        return self.__dict__ | {"packed": None, "version": None}
 
 
 class Int8Linear(nn.Module):

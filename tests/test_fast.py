@@ -1,5 +1,6 @@
 """lab/fast.py: every fast path computes what the plain model does."""
 
+import copy
 import gc
 import json
 import math
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from conftest import DTYPES, GOLDEN, ROOT, close, edit, write_tokenizer
 from make_golden import FAMILIES
-from test_decode import Greedy, greedy, run
+from test_decode import Greedy, greedy, run, same_bits
 from torch import nn
 
 import model as M
@@ -133,6 +134,14 @@ def test_weights_are_packed_where_decoding_asks_for_them_and_when_they_change(mo
         assert torch.equal(layer(x), linear(x)) and len(packed) == 2
         made = PackedLinear(nn.Linear(3, 2))  # its weight does not tell when it changes
         assert torch.equal(made(x), F.linear(x, made.weight, made.bias)) and len(packed) == 2
+
+
+def test_a_model_that_has_decoded_can_be_copied(folder_of):
+    model, _ = load(str(folder_of("qwen2")), "cpu", "float32")
+    expected = run(model, 3)[1]
+    again = copy.deepcopy(model)
+    assert again.lm_head.packed is None and model.lm_head.packed is not None
+    assert same_bits(run(again, 3)[1], expected)
 
 
 @pytest.mark.parametrize("threads, expected", [(1, [0, 1, 1, 0]), (2, [1, 1, 1, 0])])
