@@ -98,6 +98,15 @@ def test_what_is_not_finite_stays_so():
     assert [bool(row.isfinite().all()) for row in y] == [True, True, True, False, False, False]
 
 
+def test_bfloat16_is_rounded_to_the_nearest_and_ties_to_even():
+    attend, values = attention.build(torch.bfloat16, 1, 8), torch.ones(1, 1, 2, 8)
+    values[0, 0, :, 0] += torch.tensor([0, 2**-7])  # their mean lies between 1 and 1 + 2^-7
+    values[0, 0, :, 1] += torch.tensor([2**-7, 2**-6])
+    q, keys = torch.zeros(1, 1, 1, 8), torch.zeros(1, 1, 2, 8)
+    y = attend(q.bfloat16(), keys.bfloat16(), values.bfloat16(), positions_of([1]), 2)
+    assert y[0, 0, 0].tolist() == [1, 1 + 2**-6, *6 * [1]]
+
+
 def test_the_process_still_computes_with_the_smallest_numbers():
     attention.build(torch.float32, 1, 8)
     smallest = torch.tensor(1e-40)
