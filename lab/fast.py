@@ -3,7 +3,7 @@
     model, tokenizer = load("qwen2.5-7b", quantize="int8", compile=True)
 
 Fused matrices (q, k, v and gate, up are one product each), weights laid out for a CPU's matrix
-instructions or kept in 8 bits, Triton's kernels, a step compiled by Inductor, a step recorded as a
+instructions or kept in 8 bits, our own kernels, a step compiled by Inductor, a step recorded as a
 CUDA graph, and a plan of what fits in memory. Each can be read by itself; none is needed to
 understand a method.
 """
