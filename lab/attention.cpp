@@ -95,8 +95,9 @@ static void attend_chunk(const T* q, const T* k, const T* v, int n, float* out, 
             total += p;
             store(s[g] + i, p);
         }
-        lse[g] = m + logf(sum(total));
-        for (int i = 0; i < n; i++) s[g][i] /= sum(total);
+        float whole = sum(total);
+        lse[g] = m + logf(whole);
+        for (int i = 0; i < n; i++) s[g][i] /= whole;
     }
     for (int i = 0; i < n; i += ROWS) {
         const float* tile = rows(v + i * WIDTH, n - i, room);

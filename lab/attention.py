@@ -1,7 +1,7 @@
 """Attention of a decoding step on a CPU in C++: lab/attention.cpp, compiled for a model's heads.
 
-PyTorch's takes three times as long as reading the keys and values, which are most of what a long
-thought's step reads. To torch.compile it is one opaque operation.
+In a long thought keys and values are much of what a step reads, and PyTorch's kernel takes far
+longer than reading them. To torch.compile this one is one opaque operation.
 """
 
 import ctypes

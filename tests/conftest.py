@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -166,3 +167,17 @@ def edit(folder: Path, **changes):
     config = json.loads((folder / "config.json").read_text())
     config = {k: v for k, v in (config | changes).items() if v != "DELETE"}
     (folder / "config.json").write_text(json.dumps(config))
+
+
+@contextmanager
+def compiled_whole(monkeypatch):
+    """torch.compile traces without Inductor; -> for each graph, the operations that it calls."""
+    graphs, compile = [], torch.compile
+
+    def backend(graph, inputs):
+        graphs.append([str(node.target) for node in graph.graph.nodes])
+        return graph
+
+    monkeypatch.setattr(torch, "compile", lambda f: compile(f, backend=backend, fullgraph=True))
+    with torch._inductor.config.patch(freezing=False, max_autotune=False):
+        yield graphs

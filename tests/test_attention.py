@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import close
+from conftest import close, compiled_whole
 from test_decode import Greedy, greedy, prompts, same_bits
 
 from lab import attention, steps
@@ -133,14 +133,8 @@ def test_decoding_with_it_says_what_plain_decoding_says(family, folder_of, capsy
 def test_to_a_compiled_step_it_is_one_operation(folder_of, monkeypatch):
     model, _ = load(str(folder_of("qwen2")), "cpu", "float32")
     steps.use_attention(model)
-    expected, graphs, compile = logits_of(model), [], torch.compile
-
-    def backend(graph, inputs):
-        graphs.append([str(node.target) for node in graph.graph.nodes])
-        return graph
-
-    monkeypatch.setattr(torch, "compile", lambda f: compile(f, backend=backend, fullgraph=True))
-    with torch._inductor.config.patch(freezing=False, max_autotune=False):
+    expected = logits_of(model)
+    with compiled_whole(monkeypatch) as graphs:
         model.step = steps.CompiledStep(model)
         assert same_bits(logits_of(model), expected)
     (names,) = graphs  # compiled once

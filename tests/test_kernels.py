@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, close, record_steps
+from conftest import ROOT, close, compiled_whole, record_steps
 from test_attention import LAST, check_bits, check_exact, drawn, positions_of
 from test_decode import Greedy, greedy, prompts, same_bits
 
@@ -124,14 +124,8 @@ def test_recorded_steps_with_the_kernels_are_the_steps(model, monkeypatch):
 
 
 def test_to_a_compiled_step_the_kernels_are_one_operation_each(model, monkeypatch):
-    expected, graphs, compile = logits_of(model, [4]), [], torch.compile
-
-    def backend(graph, inputs):
-        graphs.append([str(node.target) for node in graph.graph.nodes])
-        return graph
-
-    monkeypatch.setattr(torch, "compile", lambda f: compile(f, backend=backend, fullgraph=True))
-    with torch._inductor.config.patch(freezing=False, max_autotune=False):
+    expected = logits_of(model, [4])
+    with compiled_whole(monkeypatch) as graphs:
         model.step = steps.CompiledStep(model)
         assert same_bits(logits_of(model, [4]), expected)
     (names,) = graphs  # compiled once
