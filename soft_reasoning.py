@@ -10,7 +10,7 @@ token's embedding, and the search looks for the embedding whose answer is best:
     f(x) = r_verifier + r_coherence
 
 `generate_one` and `search` are the paper; `reason` runs many in one batch. Two faults of the
-official code are mended: lengthscale 1 in 50 dimensions (a random search), and a wrong sign in EI.
+official code are fixed: lengthscale 1 in 50 dimensions (a random search), and a wrong sign in EI.
 """
 
 import math

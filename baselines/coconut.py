@@ -1,8 +1,8 @@
 r"""Coconut: the last hidden state is the next input, chained (Hao et al., arXiv 2412.06769).
 
     python tiny/graph.py                                  # the problems of the task graph
-    python -m baselines.coconut train --from-nothing --stages 2 --first-epochs 3 --stage-epochs 1 \
-        --epochs 5 --lr 1e-3 --batch-size 16 --folder out           # a small model on these
+    python -m baselines.coconut train --from-nothing --first-epochs 2 --stage-epochs 1 \
+        --epochs 5 --lr 1e-3 --folder out                           # a small model on these
     python -m baselines.coconut eval --trained out/coconut.safetensors        # or probe
     python -m baselines.coconut train --model qwen2.5-0.5b --lora --task gsm8k --c 2 --folder other
 

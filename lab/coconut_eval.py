@@ -2,9 +2,11 @@
 
 import argparse
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
 from types import ModuleType
@@ -41,7 +43,9 @@ def bare(
         checkpoint.check_weights(folder, config)
         return plain.load(str(folder), str(device), dtype)
     model = Transformer(config)
-    nn.init.normal_(model.embed.weight, std=config.d**-0.5)  # so that first logits are near 1
+    # So that thoughts and embeddings are as long, and the first logits near 1.
+    nn.init.normal_(model.embed.weight, std=config.d**-0.25)
+    nn.init.constant_(model.norm.weight, config.d**-0.25)
     return model.to(device, dtype), Tokenizer(folder)
 
 
@@ -187,19 +191,19 @@ def group(distance: int | None, t: int) -> str:
     return "frontier" if distance == t else "passed" if distance < t else "ahead"
 
 
-def read_thoughts(it: Trained, method: ModuleType, question: str) -> list[dict[str, list[float]]]:
-    """Thought by thought: group -> probability, by the output matrix, of each of its names."""
+def read_thoughts(it: Trained, method: ModuleType, question: str) -> list[dict[str, float]]:
+    """Thought by thought: name -> its probability by the output matrix, all its tokens together.
+
+    In tiny/graph a name has two: as it stands first in a fact, and as it stands last.
+    """
     encode = it.tokenizer.encode
+    tokens = {name: set(encode(f"Every {name} is a {name}")) for name in distances(question)}
+    shared = set.intersection(*tokens.values())  # where tokens are words
     before, n, _ = method.framed(it.model, it.tensors, encode(it.tokenizer.open(question)), it.n)
     cache = method.Past(torch.zeros(1, dtype=torch.long, device=it.model.device))
     thoughts, _ = method.thoughts_one(it.model, before, n, cache)
-    read = []
-    for t, thought in enumerate(thoughts, 1):
-        p, found = it.model.logits(thought).softmax(-1), {name: [] for name in GROUPS}
-        for name, distance in distances(question).items():
-            found[group(distance, t)].append(p[encode(f" {name}")[0]].item())
-        read.append(found)
-    return read
+    ps = [it.model.logits(thought).softmax(-1) for thought in thoughts]
+    return [{name: p[[*ids - shared]].sum().item() for name, ids in tokens.items()} for p in ps]
 
 
 @torch.no_grad()
@@ -212,18 +216,26 @@ def probe(
         raise UserError(f"{args.trained} is of {it.method} with {it.n} thoughts: give Coconut's")
     name = "data" if args.data and not args.task else args.task or "graph"
     problems, task = tasks.load(name, args.data, args.limit), tasks.TASKS[name]
+    texts = [tasks.prompt(p, task) for p in problems]
     with lora.merged(it.model, it.tensors, ALPHA / RANK) if it.lora else nullcontext():
-        read_all = [(p, read_thoughts(it, method, tasks.prompt(p, task))) for p in problems]
-    lines = [["hops", "thought", *GROUPS, "other tokens", "likeliest name in the frontier"]]
-    for hops in sorted({len(p.steps or []) for p in problems}):
-        for t in range(it.n):
-            those = [thoughts[t] for p, thoughts in read_all if len(p.steps or []) == hops]
-            mass = [mean(sum(found[name]) for found in those) for name in GROUPS]
-            names = [mean(len(found[name]) for found in those) for name in GROUPS]
-            best = [max(GROUPS, key=lambda name: max(found[name], default=0.0)) for found in those]
-            cells = [f"{m:.3f} ({n:.1f})" for m, n in zip(mass, names)]
-            hit = best.count("frontier") / len(those)
-            lines.append([str(hops), str(t + 1), *cells, f"{1 - sum(mass):.3f}", f"{hit:.0%}"])
+        chains = [read_thoughts(it, method, text) for text in texts]
+    lines = [["hops", "thought", *GROUPS, "other tokens", "right name", "likeliest is frontier"]]
+    for hops, t in product(sorted({len(p.steps or []) for p in problems}), range(it.n)):
+        those = [i for i, p in enumerate(problems) if len(p.steps or []) == hops]
+        mass, count, right, hits = Counter(), Counter(), 0.0, 0
+        for i in those:
+            thought, away = chains[i][t], distances(texts[i])
+            lies = {name: group(away[name], t + 1) for name in away}
+            for name, where in lies.items():
+                mass[where] += thought[name] / len(those)
+                count[where] += 1 / len(those)
+            hits += lies[max(thought, key=thought.get)] == "frontier"
+            if t < hops:  # the name that this step leads to
+                leads_to = re.findall(r"\w+", problems[i].steps[t])[-1:]
+                right += sum(thought.get(name, 0.0) for name in leads_to) / len(those)
+        cells = [f"{mass[where]:.3f} ({count[where]:.1f})" for where in GROUPS]
+        cells += [f"{1 - mass.total():.3f}", f"{right:.3f}", f"{hits / len(those):.0%}"]
+        lines.append([str(hops), str(t + 1), *cells])
     print("probability mass of the names by where they lie (how many there are), by problem length")
     widths = [max(map(len, column)) for column in zip(*lines)]
     print("\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines))

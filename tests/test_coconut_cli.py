@@ -4,6 +4,8 @@ import importlib.util
 import json
 import shutil
 import sys
+from collections import Counter
+from itertools import pairwise, product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,6 +28,7 @@ SPEC = importlib.util.spec_from_file_location("graph", ROOT / "tiny" / "graph.py
 graph = importlib.util.module_from_spec(SPEC)
 sys.modules["graph"] = graph
 SPEC.loader.exec_module(graph)
+KINDS = list(product((1, 2, 3), (False, True)))  # edges to the answer, dead ends
 
 
 def main(*arguments):
@@ -46,7 +49,7 @@ def trains(folder, *more, data=GRAPH / "test.jsonl", model=GRAPH, epochs=4):
 def problems_file(tmp_path_factory):
     """Problems of the graph task that are no test."""
     path = tmp_path_factory.mktemp("graph") / "some.jsonl"
-    graph.write_problems(path, graph.make("some", 30, set()))
+    graph.write_problems(path, graph.make("some", 30, KINDS, set()))
     return path
 
 
@@ -62,19 +65,28 @@ def reached(edges, name):
 
 
 def test_one_of_the_offered_names_can_be_reached_and_nothing_else_tells_them_apart():
-    for p in graph.make("any", 300, set()):
-        right, hops = p.path[-1], len(p.path) - 1
+    problems = graph.make("any", 300, KINDS, set())
+    kinds = Counter((len(p.path) - 1, len(p.edges) > 2 * (len(p.path) - 1)) for p in problems)
+    assert kinds == dict.fromkeys(KINDS, 50)
+    for p in problems:
+        (root, *_, right), hops = p.path, len(p.path) - 1
         (wrong,) = set(p.offered) - {right}
-        assert right in reached(p.edges, p.path[0]) and wrong not in reached(p.edges, p.path[0])
-        assert all(step in p.edges for step in zip(p.path, p.path[1:]))
-        # One edge leaves each name but the two that are offered, to which as many names lead.
-        names = {name for edge in p.edges for name in edge}
-        assert sorted(a for a, _ in p.edges) == sorted(names - {right, wrong})
-        to = [{name for name in names if end in reached(p.edges, name)} for end in (right, wrong)]
-        assert [len(those) for those in to] == [hops + 1] * 2
-        away = distances(p.row["question"])
+        assert right in reached(p.edges, root) and wrong not in reached(p.edges, root)
+        assert all(step in p.edges for step in pairwise(p.path))
+        into = Counter(b for _, b in p.edges)
+        (other,) = {a for a, _ in p.edges} - {root, *into}
+        assert set(into.values()) == {1} and wrong in reached(p.edges, other)  # two trees
+        assert len(reached(p.edges, root)) == len(reached(p.edges, other)) == len(p.edges) / 2 + 1
+        # Every way, wrong or right, is as long as that to the answer; one leaves each step.
+        ends = {b for _, b in p.edges} - {a for a, _ in p.edges}
+        away, dead_ends = distances(p.row["question"]), len(p.edges) > 2 * hops
+        assert {away[end] for end in ends & reached(p.edges, root)} == {hops}
+        for t in range(1, hops + 1):
+            assert list(away.values()).count(t) == (t + 1 if dead_ends else 1)
         assert away[right] == hops and away[wrong] is None
         assert p.row["choices"] == p.offered and p.row["answer"] == right
+    firsts = Counter(p.offered[0] == p.path[-1] for p in problems)
+    assert min(firsts.values()) > 100
 
 
 def facts(p):
@@ -93,11 +105,11 @@ def test_the_bundled_files_are_what_the_script_makes(tmp_path, monkeypatch):
     assert sum(path.stat().st_size for path in GRAPH.iterdir() if path.name != "train.jsonl") < 2e5
 
 
-def test_the_tokenizer_gives_a_fact_four_tokens_and_its_text_back():
+def test_the_tokenizer_gives_a_fact_three_tokens_and_its_text_back():
     tokenizer, p = Tokenizer(GRAPH), tasks.load("graph", limit=3)[2]
     text = "\n".join([*p.steps, f"The answer is {p.choices[p.answer]}."])
     facts = p.question.count("Every")
-    for said, tokens in ((p.question, 4 * facts + 7), (text, 4 * len(p.steps) + 3)):
+    for said, tokens in ((p.question, 3 * facts + 5), (text, 3 * len(p.steps) + 3)):
         ids = tokenizer.encode(said)
         assert len(ids) == tokens and tokenizer.decode(ids) == said
         assert max(ids) < json.loads((GRAPH / "config.json").read_text())["vocab_size"]
@@ -206,13 +218,43 @@ def test_probe_prints_the_mass_of_all_tokens(tmp_path, problems_file, capsys):
     path = tmp_path / "a" / "coconut.safetensors"
     assert main("probe", "--trained", path, "--limit", 6) == 0
     lines = capsys.readouterr().out.splitlines()[2:]
-    assert len(lines) == 2 * 2  # hops, thoughts
+    assert len(lines) == 3 * 2  # hops, thoughts
     for line in lines:
-        hops, _, *cells = line.split()
+        hops, thought, *cells = line.split()
         mass = [float(x) for x in cells[:-1] if not x.startswith("(")]
+        *mass, right = mass
         assert len(mass) == 5 and sum(mass) == pytest.approx(1, abs=3e-3)
+        assert 0 <= right <= mass[0] or int(thought) > int(hops)
         names = [float(x[1:-1]) for x in cells if x.startswith("(")]
-        assert sum(names) == 2 * (int(hops) + 1)  # all names of the graph
+        assert sum(names) == (int(hops) + 1) * (int(hops) + 2)  # all names of both trees
+
+
+def test_a_thought_is_read_as_names():
+    tokenizer = Tokenizer(GRAPH)
+    question = "Every dax is a wug. Every fep is a mib. Is every dax a wug or a mib?"
+    p = torch.full((len(tokenizer.core.get_vocab()),), 1e-9)
+    for text, probability in (("Every dax is a", 0.2), (" dax", 0.3), (" wug", 0.4), (".", 0.1)):
+        p[tokenizer.encode(text)] = probability
+    method = SimpleNamespace(
+        framed=lambda model, trained, ids, n: (ids, n, None),
+        Past=coconut.Past,
+        thoughts_one=lambda model, before, n, cache: ([p.log()] * n, None),
+    )
+    model = SimpleNamespace(logits=lambda thought: thought, device="cpu")
+    it = SimpleNamespace(model=model, tokenizer=tokenizer, tensors={}, n=2)
+    for thought in coconut_eval.read_thoughts(it, method, question):
+        assert thought == pytest.approx({"dax": 0.5, "wug": 0.4, "fep": 0, "mib": 0}, abs=1e-6)
+
+
+def test_drawn_embeddings_and_thoughts_are_as_long_and_logits_near_one():
+    torch.manual_seed(0)
+    model, _ = coconut_eval.bare(str(GRAPH), "cpu", False)
+    thought = model(model.embed(torch.arange(20)[None]))[0].detach()
+    length = model.config.d**0.25
+    assert thought.norm(dim=-1).mean().item() == pytest.approx(length, rel=0.01)
+    assert model.embed.weight.norm(dim=-1).mean().item() == pytest.approx(length, rel=0.05)
+    apart = torch.randn(999, model.config.d).mul(model.config.d**-0.25)  # of that length, too
+    assert model.logits(apart).std().item() == pytest.approx(1, rel=0.1)
 
 
 # ------------------------------------------------------------------------------------- bad input

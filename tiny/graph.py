@@ -11,7 +11,7 @@ import json
 import random
 import re
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 
 import tokenizers
@@ -21,8 +21,9 @@ HERE = Path(__file__).resolve().parent
 
 # ----------------------------------------------------------------------------------------- problems
 
-NAMES = ["dax", "wug", "blick", "toma", "fep", "zorp", "mib", "kiv"]
-HOPS = (1, 2)  # edges from the question's name to the answer
+NAMES = ["dax", "wug", "blick", "toma", "fep", "zorp", "mib", "kiv", "lorp", "nace"]
+NAMES += ["sput", "gorm", "tupa", "rell", "yim", "bosk", "hule", "prin", "quag", "vell"]
+HOPS = (1, 2, 3)  # edges from the question's name to the answer
 
 
 @dataclass(frozen=True)
@@ -48,27 +49,33 @@ class Problem:
         }
 
 
-def problem(rng: random.Random, hops: int) -> Problem:
-    """Two paths of one length, the facts of both in any order: one edge leaves each name."""
-    names = rng.sample(NAMES, 2 * (hops + 1))
-    path, astray = names[: hops + 1], names[hops + 1 :]
-    edges = [*pairwise(path), *pairwise(astray)]
+def problem(rng: random.Random, hops: int, dead_ends: bool) -> Problem:
+    """Two trees of one shape, the facts of both in any order: paths, and ways that leave them."""
+    names = iter(rng.sample(NAMES, len(NAMES)))
+    paths, edges = [], []
+    for _ in range(2):
+        path = [next(names) for _ in range(hops + 1)]
+        paths.append(path)
+        edges += pairwise(path)
+        for depth in range(hops if dead_ends else 0):  # each as long as what is left of the path
+            edges += pairwise([path[depth], *(next(names) for _ in range(hops - depth))])
+    path, astray = paths
     return Problem(rng.sample(edges, len(edges)), path, rng.sample([path[-1], astray[-1]], 2))
 
 
-def make(seed: str, count: int, taken: set) -> list[Problem]:
-    """Draw problems, as many of each length, none with a key that is taken."""
+def make(seed: str, count: int, kinds: list[tuple[int, bool]], taken: set) -> list[Problem]:
+    """Draw problems, of one kind (edges, dead ends) after the other, none with a key in taken."""
     rng, made = random.Random(seed), []
     while len(made) < count:
-        p = problem(rng, HOPS[len(made) % len(HOPS)])
+        p = problem(rng, *kinds[len(made) % len(kinds)])
         made += [] if p.key in taken else [p]
     return made
 
 
 # -------------------------------------------------------------------------------- a model's folder
 
-PIECES = [". Every", ".\nEvery", "Every", ". Is every", " is a", " or a", " a", "?", "."]
-PIECES += [".\nThe answer is", "The answer is", *(f" {name}" for name in NAMES)]
+PIECES = [*(f"Every {name} is a" for name in NAMES), *(f"Is every {name} a" for name in NAMES)]
+PIECES += [*(f" {name}" for name in NAMES), " or a", "?", ".", ". ", ".\n", "The answer is"]
 SPECIAL = ["<|end|>", "[UNK]"]
 CONFIG = {
     "architectures": ["Qwen2ForCausalLM"],
@@ -112,14 +119,15 @@ def write_problems(path: Path, problems: list[Problem]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--train", type=int, default=20200, help="problems (default: 20200)")
+    parser.add_argument("--train", type=int, default=40200, help="problems (default: 40200)")
     parser.add_argument("--out", type=Path, default=HERE / "graph", help="where the files go")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    test = make(f"test {args.seed}", 300, set())
+    test = make(f"test {args.seed}", 300, [(hops, True) for hops in HOPS], set())
     write_problems(args.out / "test.jsonl", test)
     taken = {p.key for p in test}
-    write_problems(args.out / "train.jsonl", make(f"train {args.seed}", args.train, taken))
+    kinds = list(product(HOPS, (False, True)))  # without the easy half, nothing is learnt
+    write_problems(args.out / "train.jsonl", make(f"train {args.seed}", args.train, kinds, taken))
     write_json(args.out / "config.json", CONFIG)
     tokenizer().save(str(args.out / "tokenizer.json"))
     template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
