@@ -219,20 +219,20 @@ def probe(
     texts = [tasks.prompt(p, task) for p in problems]
     with lora.merged(it.model, it.tensors, ALPHA / RANK) if it.lora else nullcontext():
         chains = [read_thoughts(it, method, text) for text in texts]
+    aways = [distances(text) for text in texts]
     lines = [["hops", "thought", *GROUPS, "other tokens", "right name", "likeliest is frontier"]]
     for hops, t in product(sorted({len(p.steps or []) for p in problems}), range(it.n)):
         those = [i for i, p in enumerate(problems) if len(p.steps or []) == hops]
         mass, count, right, hits = Counter(), Counter(), 0.0, 0
         for i in those:
-            thought, away = chains[i][t], distances(texts[i])
-            lies = {name: group(away[name], t + 1) for name in away}
+            thought = chains[i][t]
+            lies = {name: group(distance, t + 1) for name, distance in aways[i].items()}
             for name, where in lies.items():
                 mass[where] += thought[name] / len(those)
                 count[where] += 1 / len(those)
             hits += lies[max(thought, key=thought.get)] == "frontier"
             if t < hops:  # the name that this step leads to
-                leads_to = re.findall(r"\w+", problems[i].steps[t])[-1:]
-                right += sum(thought.get(name, 0.0) for name in leads_to) / len(those)
+                right += thought[re.findall(r"\w+", problems[i].steps[t])[-1]] / len(those)
         cells = [f"{mass[where]:.3f} ({count[where]:.1f})" for where in GROUPS]
         cells += [f"{1 - mass.total():.3f}", f"{right:.3f}", f"{hits / len(those):.0%}"]
         lines.append([str(hops), str(t + 1), *cells])

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import shutil
 import sys
 from collections import Counter
@@ -229,11 +230,32 @@ def test_probe_prints_the_mass_of_all_tokens(tmp_path, problems_file, capsys):
         assert sum(names) == (int(hops) + 1) * (int(hops) + 2)  # all names of both trees
 
 
-def test_a_thought_is_read_as_names():
-    tokenizer = Tokenizer(GRAPH)
-    question = "Every dax is a wug. Every fep is a mib. Is every dax a wug or a mib?"
-    p = torch.full((len(tokenizer.core.get_vocab()),), 1e-9)
-    for text, probability in (("Every dax is a", 0.2), (" dax", 0.3), (" wug", 0.4), (".", 0.1)):
+class Words:
+    """A tokenizer whose tokens are words, the same ones for every name but its own."""
+
+    def __init__(self):
+        self.ids = {}
+
+    def open(self, text):
+        return text
+
+    def encode(self, text):
+        return [self.ids.setdefault(word, len(self.ids)) for word in re.findall(r"\w+", text)]
+
+
+PROBED = "Every dax is a wug. Every fep is a mib. Is every dax a wug or a mib?"
+
+
+@pytest.mark.parametrize(
+    "tokenizer, given",
+    [
+        (Tokenizer(GRAPH), {"Every dax is a": 0.2, " dax": 0.3, " wug": 0.4, ".": 0.1}),
+        (Words(), {"dax": 0.5, "wug": 0.4, "Every": 0.1}),
+    ],
+)
+def test_a_thought_is_read_as_names(tokenizer, given):
+    p = torch.full((99,), 1e-9)
+    for text, probability in given.items():
         p[tokenizer.encode(text)] = probability
     method = SimpleNamespace(
         framed=lambda model, trained, ids, n: (ids, n, None),
@@ -242,8 +264,30 @@ def test_a_thought_is_read_as_names():
     )
     model = SimpleNamespace(logits=lambda thought: thought, device="cpu")
     it = SimpleNamespace(model=model, tokenizer=tokenizer, tensors={}, n=2)
-    for thought in coconut_eval.read_thoughts(it, method, question):
+    for thought in coconut_eval.read_thoughts(it, method, PROBED):
         assert thought == pytest.approx({"dax": 0.5, "wug": 0.4, "fep": 0, "mib": 0}, abs=1e-6)
+
+
+def test_probe_says_where_the_probability_lies(tmp_path, monkeypatch, capsys):
+    facts = "Every dax is a wug. Every dax is a fep. Every wug is a mib. Every kiv is a toma. "
+    row = {"question": facts + "Is every dax a mib or a toma?", "answer": "mib"}
+    row |= {"choices": ["mib", "toma"], "steps": ["Every dax is a wug.", "Every wug is a mib."]}
+    path = tmp_path / "one.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    thoughts = [
+        {"dax": 0.05, "wug": 0.3, "fep": 0.4, "mib": 0.1, "kiv": 0.01, "toma": 0.02},
+        {"dax": 0.1, "wug": 0.5, "fep": 0.1, "mib": 0.2, "kiv": 0.0, "toma": 0.1},
+    ]
+    it = SimpleNamespace(method="coconut", n=2, lora=False)
+    monkeypatch.setattr(coconut_eval, "read", lambda *_: it)
+    monkeypatch.setattr(coconut_eval, "read_thoughts", lambda *_: thoughts)
+    assert main("probe", "--trained", "any", "--data", path, "--task", "graph") == 0
+    first, second = capsys.readouterr().out.splitlines()[2:]
+    # frontier, passed, ahead, out of reach, (how many each), other tokens, right name, likeliest
+    groups = "0.700 (2.0) 0.050 (1.0) 0.100 (1.0) 0.030 (2.0)"
+    assert " ".join(first.split()) == f"2 1 {groups} 0.120 0.300 100%"
+    groups = "0.200 (1.0) 0.700 (3.0) 0.000 (0.0) 0.100 (2.0)"
+    assert " ".join(second.split()) == f"2 2 {groups} 0.000 0.200 0%"
 
 
 def test_drawn_embeddings_and_thoughts_are_as_long_and_logits_near_one():

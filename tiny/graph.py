@@ -126,7 +126,7 @@ def main() -> None:
     test = make(f"test {args.seed}", 300, [(hops, True) for hops in HOPS], set())
     write_problems(args.out / "test.jsonl", test)
     taken = {p.key for p in test}
-    kinds = list(product(HOPS, (False, True)))  # without the easy half, nothing is learnt
+    kinds = list(product(HOPS, (False, True)))  # what has no dead ends is learnt first
     write_problems(args.out / "train.jsonl", make(f"train {args.seed}", args.train, kinds, taken))
     write_json(args.out / "config.json", CONFIG)
     tokenizer().save(str(args.out / "tokenizer.json"))
