@@ -1,6 +1,7 @@
 """What was trained by baselines.coconut: loaded, scored side by side, and its thoughts read."""
 
 import argparse
+import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -55,6 +56,7 @@ class Trained:
 
     method: str
     n: int  # thoughts, or pause tokens
+    c: int  # of them, for each step
     tensors: dict[str, Tensor]  # the markers, and LoRA's, if it is LoRA
     lora: bool
     model: Transformer
@@ -101,8 +103,8 @@ def read(
         model.requires_grad_(False)
         tensors = {key: tensors[key] for key in markers}
     tensors = {key: x.to(model.device) for key, x in tensors.items()}
-    n = int(there["thoughts"])
-    return Trained(there["method"], n, tensors, is_lora, model, tokenizer, name, digest(path))
+    n, c = int(there["thoughts"]), json.loads(there["settings"])["c"]
+    return Trained(there["method"], n, c, tensors, is_lora, model, tokenizer, name, digest(path))
 
 
 # -------------------------------------------------------------------------------------------- eval
@@ -184,11 +186,11 @@ def distances(question: str) -> dict[str, int | None]:
     return found
 
 
-def group(distance: int | None, t: int) -> str:
-    """Where a name lies for the t-th thought (from 1 on): the frontier is t edges away."""
+def group(distance: int | None, edges: int) -> str:
+    """Where a name lies for a thought of that step (from 1 on): the frontier is so far away."""
     if distance is None:
         return "out of reach"
-    return "frontier" if distance == t else "passed" if distance < t else "ahead"
+    return "frontier" if distance == edges else "passed" if distance < edges else "ahead"
 
 
 def read_thoughts(it: Trained, method: ModuleType, question: str) -> list[dict[str, float]]:
@@ -224,15 +226,17 @@ def probe(
     for hops, t in product(sorted({len(p.steps or []) for p in problems}), range(it.n)):
         those = [i for i, p in enumerate(problems) if len(p.steps or []) == hops]
         mass, count, right, hits = Counter(), Counter(), 0.0, 0
+        edges = t // it.c + 1  # the step that this thought, counted from 0, is of
         for i in those:
             thought = chains[i][t]
-            lies = {name: group(distance, t + 1) for name, distance in aways[i].items()}
+            lies = {name: group(distance, edges) for name, distance in aways[i].items()}
             for name, where in lies.items():
                 mass[where] += thought[name] / len(those)
                 count[where] += 1 / len(those)
             hits += lies[max(thought, key=thought.get)] == "frontier"
-            if t < hops:  # the name that this step leads to
-                right += thought[re.findall(r"\w+", problems[i].steps[t])[-1]] / len(those)
+            if edges <= hops:  # the name that this step leads to
+                said = problems[i].steps[edges - 1]
+                right += thought[re.findall(r"\w+", said)[-1]] / len(those)
         cells = [f"{mass[where]:.3f} ({count[where]:.1f})" for where in GROUPS]
         cells += [f"{1 - mass.total():.3f}", f"{right:.3f}", f"{hits / len(those):.0%}"]
         lines.append([str(hops), str(t + 1), *cells])

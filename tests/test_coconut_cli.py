@@ -268,7 +268,14 @@ def test_a_thought_is_read_as_names(tokenizer, given):
         assert thought == pytest.approx({"dax": 0.5, "wug": 0.4, "fep": 0, "mib": 0}, abs=1e-6)
 
 
-def test_probe_says_where_the_probability_lies(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "c, groups, rest",
+    [
+        (1, "0.200 (1.0) 0.700 (3.0) 0.000 (0.0) 0.100 (2.0)", "0.000 0.200 0%"),  # of step 2
+        (2, "0.600 (2.0) 0.100 (1.0) 0.200 (1.0) 0.100 (2.0)", "0.000 0.500 100%"),  # of step 1
+    ],
+)
+def test_probe_says_where_the_probability_lies(c, groups, rest, tmp_path, monkeypatch, capsys):
     facts = "Every dax is a wug. Every dax is a fep. Every wug is a mib. Every kiv is a toma. "
     row = {"question": facts + "Is every dax a mib or a toma?", "answer": "mib"}
     row |= {"choices": ["mib", "toma"], "steps": ["Every dax is a wug.", "Every wug is a mib."]}
@@ -278,16 +285,15 @@ def test_probe_says_where_the_probability_lies(tmp_path, monkeypatch, capsys):
         {"dax": 0.05, "wug": 0.3, "fep": 0.4, "mib": 0.1, "kiv": 0.01, "toma": 0.02},
         {"dax": 0.1, "wug": 0.5, "fep": 0.1, "mib": 0.2, "kiv": 0.0, "toma": 0.1},
     ]
-    it = SimpleNamespace(method="coconut", n=2, lora=False)
+    it = SimpleNamespace(method="coconut", n=2, c=c, lora=False)
     monkeypatch.setattr(coconut_eval, "read", lambda *_: it)
     monkeypatch.setattr(coconut_eval, "read_thoughts", lambda *_: thoughts)
     assert main("probe", "--trained", "any", "--data", path, "--task", "graph") == 0
     first, second = capsys.readouterr().out.splitlines()[2:]
     # frontier, passed, ahead, out of reach, (how many each), other tokens, right name, likeliest
-    groups = "0.700 (2.0) 0.050 (1.0) 0.100 (1.0) 0.030 (2.0)"
-    assert " ".join(first.split()) == f"2 1 {groups} 0.120 0.300 100%"
-    groups = "0.200 (1.0) 0.700 (3.0) 0.000 (0.0) 0.100 (2.0)"
-    assert " ".join(second.split()) == f"2 2 {groups} 0.000 0.200 0%"
+    before = "0.700 (2.0) 0.050 (1.0) 0.100 (1.0) 0.030 (2.0)"
+    assert " ".join(first.split()) == f"2 1 {before} 0.120 0.300 100%"
+    assert " ".join(second.split()) == f"2 2 {groups} {rest}"
 
 
 def test_drawn_embeddings_and_thoughts_are_as_long_and_logits_near_one():
