@@ -150,9 +150,10 @@ def answer(args: argparse.Namespace, settings: type, run: Callable, view: type) 
     if args.question is None:
         problem = tasks.load("tiny", limit=1)[0]
         args.question, gold = problem.question, problem.answer
-        print(args.question)
     check_question(args.question)
     model, tokenizer = load(args)
+    if gold is not None:
+        print(args.question)
     if view.other(args, s, run, model, tokenizer):
         return
     # One answer needs no more rows than it can use; for several they do not depend on how many.
