@@ -113,8 +113,8 @@ static void attend_chunk(const T* q, const T* k, const T* v, int n, float* out, 
 
 // q, out [B, K, G, WIDTH]; keys, values [B, K, ., WIDTH], with the strides of a row and of a head;
 // last [B] < S, the last position that each row sees.
-extern "C" void attend(const T* q, const T* keys, const T* values, const int64_t* last, T* out,
-                       int64_t B, int64_t K, int64_t S, int64_t row, int64_t head, int threads) {
+extern "C" void run(const T* q, const T* keys, const T* values, const int64_t* last, T* out,
+                    int64_t B, int64_t K, int64_t S, int64_t row, int64_t head, int threads) {
     int64_t chunks = (S + CHUNK - 1) / CHUNK;
     static thread_local std::vector<float> parts, lse;  // [B, K, chunks, G, WIDTH], [.., G]
     parts.resize(B * K * chunks * G * WIDTH), lse.resize(B * K * chunks * G);

@@ -81,6 +81,8 @@ def load(
         model.step = steps.CompiledStep(model)
         if device.type == "cpu":
             steps.use_attention(model)
+        if layer is PackedLinear and dtype == torch.float32:
+            steps.use_products(model.step, [m for m in model.modules() if isinstance(m, layer)])
     if N > 1:
         parallel.join(model, place)
         model.planner = partial(plan, least=place.least)
@@ -199,12 +201,14 @@ class PackedLinear(nn.Linear):
         super().__init__(1, 1, device="meta")
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
-        self.packed, self.version = None, None
+        self.packed, self.version, self.multiply = None, None, None
+        self.register_buffer("panels", None, persistent=False)  # which `multiply` multiplies
 
     def forward(self, x: Tensor) -> Tensor:
-        # A compiled step lays weights out for itself. One made in inference mode does not tell when
-        # it changes.
         compiling = torch.compiler.is_compiling()
+        if compiling and self.panels is not None:  # lab/products.py
+            return self.multiply(x, self.panels, self.bias, self.out_features)
+        # One made in inference mode does not tell when it changes.
         if compiling or not torch.is_inference_mode_enabled() or self.weight.is_inference():
             return F.linear(x, self.weight, self.bias)
         rows = x.numel() // self.in_features

@@ -9,26 +9,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lab import attention
+from lab import attention, products
 from model import KVCache, Transformer, UserError
 
 
 class CompiledStep:
     """Transformer.step compiled by Inductor: what stands between the matrix products is fused.
 
-    On a CPU it is compiled for one row and for several: twice at most. The weights become constants
-    of it, as they are at the first step, laid out for the products: a second copy. Inductor's own
-    products in C++ multiply one row of bfloat16 faster than oneDNN's, but 16 rows several times
-    slower where the processor has bfloat16 instructions, which only oneDNN uses. Freezing and the
-    choice of products are settings of Inductor itself: they hold for whatever the process compiles.
+    On a CPU it is compiled for one row and for several: twice at most, and Inductor's cache keeps
+    what it made. The weights are taken as they are at the first step, laid out for the products: a
+    second copy. The products are lab/products.cpp's (`use_products`), or else Inductor's choice,
+    with weights as constants, which its cache does not keep. Its own in C++ multiply one row of
+    bfloat16 faster than oneDNN's, but 16 rows several times slower where the processor has
+    bfloat16 instructions, which only oneDNN uses. Freezing (the constants) and the choice of
+    products are settings of Inductor itself: they hold for whatever the process compiles next.
     """
 
     def __init__(self, model: Transformer):
         self.model, self.sizes = model, set()  # sizes: numbers of rows that it has had
+        self.layers, self.lay_out = [], None  # those whose products are lab/products.cpp's
         self.onednn = multiplies_bfloat16(model.device, model.embed.weight.dtype)
-        if model.device.type == "cpu":
-            inductor = torch._inductor.config
-            inductor.freezing, inductor.max_autotune_gemm_backends = True, "CPP"
         self.one, self.stats = torch.compile(self.plain), torch._dynamo.utils.counters["stats"]
 
     def plain(self, x: Tensor, rotation: tuple, cache: KVCache) -> tuple[Tensor, Tensor]:
@@ -39,12 +39,17 @@ class CompiledStep:
         x, rotation, B = embeds[:, None], self.model.rotation(*cache.advance(1)), len(embeds)
         if B in self.sizes:
             return self.one(x, rotation, cache)
+        if not self.sizes:
+            for layer in self.layers:
+                layer.panels = self.lay_out(layer.weight)
         kept = cache.keys + cache.values
         dynamic = [(cache.mask, 3), *((y, 2) for y in kept)]  # all lengths and capacities
         if x.device.type == "cpu":  # and all numbers of rows: which comes first decides no bit
             dynamic += ((y, 0) for y in (x, *rotation, cache.rows, cache.positions, cache.mask))
             dynamic += ((y, 0) for y in kept)
-            torch._inductor.config.max_autotune = B == 1 or not self.onednn
+            inductor, theirs = torch._inductor.config, not self.layers
+            inductor.freezing, inductor.max_autotune_gemm_backends = theirs, "CPP"
+            inductor.max_autotune = theirs and (B == 1 or not self.onednn)
         for tensor, dim in dynamic:
             torch._dynamo.maybe_mark_dynamic(tensor, dim)
         start, done = time.perf_counter(), self.stats["unique_graphs"]
@@ -98,6 +103,22 @@ def use_attention(model: Transformer) -> None:
     model.attention = attend
 
 
+def use_products(step: CompiledStep, layers: list[nn.Module]) -> None:
+    """Have a compiled step multiply by lab/products.cpp, if that computes what PyTorch does.
+
+    layers: fast.PackedLinear, in float32. Else a line says why not.
+    """
+    try:
+        lay_out, multiply = products.build()
+        check_products(lay_out, multiply)
+    except Exception as error:  # noqa: BLE001 (of the compiler, of the system)
+        refuse("products in C++ cannot be used here, PyTorch's are", error)
+        return
+    for layer in layers:
+        layer.multiply = multiply
+    step.layers, step.lay_out = layers, lay_out
+
+
 def refuse(what: str, error: Exception) -> None:
     cause = f"{type(error).__name__}: {error}".splitlines()[0]
     print(f"{what} ({cause})", file=sys.stderr)
@@ -123,6 +144,17 @@ def check_attention(attend: Callable, model: Transformer) -> None:
     for x in (keys, values):
         x.masked_fill_(~seen.transpose(2, 3), float("nan"))
     compare("attention", attend(q, keys, values, positions, 768), exact)
+
+
+@torch.inference_mode()
+def check_products(lay_out: Callable, multiply: Callable) -> None:
+    """As check_attention, for products; panels, blocks and groups of rows are not all full."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = (99, 300), (100, 300), (100,)
+    x, weight, bias = (torch.randn(shape, generator=generator) for shape in shapes)
+    panels, exact = lay_out(weight), F.linear(x, weight, bias)
+    for rows in (1, 7, 99):
+        compare("a product", multiply(x[:rows], panels, bias, 100), exact[:rows])
 
 
 def compare(what: str, found: Tensor, exact: Tensor) -> None:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from conftest import close, compiled_whole
 from test_decode import Greedy, greedy, prompts, same_bits
 
-from lab import attention, steps
+from lab import attention, native, steps
 from model import Prompt, Request, load
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
@@ -124,7 +124,7 @@ def test_decoding_with_it_says_what_plain_decoding_says(family, folder_of, capsy
     model, _ = load(str(folder_of(family)), "cpu", "float32")
     expected = logits_of(model)
     steps.use_attention(model)
-    assert model.attention is attention.attend and not capsys.readouterr().err
+    assert model.attention is not None and not capsys.readouterr().err
     found = logits_of(model)
     assert all(torch.equal(found[i].argmax(-1), x.argmax(-1)) for i, x in expected.items())
     assert all(close(found[i], x, 1e-5) for i, x in expected.items())
@@ -138,15 +138,15 @@ def test_to_a_compiled_step_it_is_one_operation(folder_of, monkeypatch):
         model.step = steps.CompiledStep(model)
         assert same_bits(logits_of(model), expected)
     (names,) = graphs  # compiled once
-    assert names.count("lab.attend_on_cpu") == 2
+    assert names.count("lab.attend") == 2
 
 
 @pytest.mark.filterwarnings("ignore")  # of PyTorch's own
 def test_the_operation_tells_pytorch_the_truth_about_itself():
-    attention.build(torch.float32, 1, 8)
-    arguments = *drawn(1, 1, 8, "float32"), positions_of(LAST), 700
+    _, kernel = native.build("attention", T="float", G=1, WIDTH=8)
+    arguments = *drawn(1, 1, 8, "float32"), positions_of(LAST), 700, kernel
     kinds = ("test_schema", "test_faketensor")  # it has no gradient
-    torch.library.opcheck(torch.ops.lab.attend_on_cpu.default, arguments, test_utils=kinds)
+    torch.library.opcheck(torch.ops.lab.attend.default, arguments, test_utils=kinds)
 
 
 def test_where_it_cannot_be_used_a_line_says_so(folder_of, monkeypatch, capsys):
@@ -165,8 +165,8 @@ def test_where_it_cannot_be_used_a_line_says_so(folder_of, monkeypatch, capsys):
 
     assert said("float16").startswith("ValueError: none for torch.float16")
     with monkeypatch.context() as patch:
-        patch.setattr(attention, "attend", lambda q, *_: F.normalize(q))
+        patch.setattr(attention, "build", lambda *_: lambda q, *_: F.normalize(q))
         assert said().startswith("ArithmeticError: attention in float32 is off by")
-    monkeypatch.setattr(attention, "built", {})
-    monkeypatch.setattr(attention, "FLAGS", ["-no-such-flag"])
+    monkeypatch.setattr(native, "build", native.build.__wrapped__)  # which remembers nothing
+    monkeypatch.setattr(native, "FLAGS", ["-no-such-flag"])
     assert said().startswith("CalledProcessError")

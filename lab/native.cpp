@@ -1,0 +1,54 @@
+// How PyTorch calls lab/attention.cpp and lab/products.cpp: as operations of its own. To call them
+// by way of Python takes about as long as a small product.
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <torch/library.h>
+
+#include <vector>
+
+using at::Tensor;
+
+static std::vector<void*> kernels;  // an operation is told which one by its place here
+
+extern "C" int64_t keep(void* kernel) {
+    kernels.push_back(kernel);
+    return kernels.size() - 1;
+}
+
+static Tensor attend(const Tensor& query, const Tensor& keys, const Tensor& values,
+                     const Tensor& positions, int64_t S, int64_t kernel) {
+    Tensor q = query.contiguous(), out = at::empty_like(q);
+    auto run = (void (*)(const void*, const void*, const void*, const int64_t*, void*, int64_t,
+                         int64_t, int64_t, int64_t, int64_t, int))kernels[kernel];
+    run(q.const_data_ptr(), keys.const_data_ptr(), values.const_data_ptr(),
+        positions.const_data_ptr<int64_t>(), out.data_ptr(), q.size(0), keys.size(1), S,
+        keys.stride(0), keys.stride(1), at::get_num_threads());
+    return out;
+}
+
+static Tensor multiply(const Tensor& rows, const Tensor& panels, const std::optional<Tensor>& bias,
+                       int64_t N, int64_t kernel) {
+    Tensor x = rows.contiguous();
+    auto sizes = x.sizes().vec();
+    int64_t K = sizes.back();
+    sizes.back() = N;
+    Tensor y = at::empty(sizes, x.options());
+    auto run = (void (*)(const float*, const float*, const float*, float*, int64_t, int64_t,
+                         int64_t, int))kernels[kernel];
+    run(x.const_data_ptr<float>(), panels.const_data_ptr<float>(),
+        bias ? bias->const_data_ptr<float>() : nullptr, y.data_ptr<float>(), x.numel() / K, K, N,
+        at::get_num_threads());
+    return y;
+}
+
+TORCH_LIBRARY_FRAGMENT(lab, m) {
+    m.def("attend(Tensor q, Tensor k, Tensor v, Tensor last, SymInt S, int kernel) -> Tensor");
+    m.def("multiply(Tensor x, Tensor panels, Tensor? bias, int N, int kernel) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(lab, CPU, m) {
+    m.impl("attend", attend);
+    m.impl("multiply", multiply);
+}

@@ -1,0 +1,47 @@
+"""lab/native.py: what is compiled is kept, and is made anew where anything of it changes."""
+
+import shutil
+import subprocess
+
+import pytest
+
+from lab import native
+
+pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+
+
+@pytest.fixture
+def compilations(tmp_path, monkeypatch):
+    """The commands that made a library in an empty cache."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    made, run = [], subprocess.run
+    monkeypatch.setattr(
+        subprocess, "run", lambda x, **kw: (made.append(x) if "-o" in x else None, run(x, **kw))[1]
+    )
+    return made
+
+
+def test_a_library_is_compiled_once_for_its_options(compilations, tmp_path):
+    for _ in range(2):
+        assert native.compiled("products").run
+    assert len(compilations) == 1 == len(list(tmp_path.glob("lab/products-*.so")))
+    assert native.compiled("products", "-march=native").run and len(compilations) == 2
+    assert all(path.suffix == ".so" for path in tmp_path.glob("lab/*"))  # nothing else is left
+
+
+def test_a_changed_file_is_compiled_anew(compilations, tmp_path, monkeypatch):
+    monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
+    for number in 1, 1, 2:
+        code = f'extern "C" const int number = {number};'
+        (tmp_path / "own.cpp").write_text(code)
+        library = native.compiled("own")
+        assert native.ctypes.c_int.in_dll(library, "number").value == number
+    assert len(compilations) == 2
+
+
+def test_what_does_not_compile_leaves_nothing(compilations, tmp_path, monkeypatch):
+    monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
+    (tmp_path / "own.cpp").write_text("no C++")
+    with pytest.raises(subprocess.CalledProcessError):
+        native.compiled("own")
+    assert list(tmp_path.glob("lab/*")) == []
