@@ -33,7 +33,7 @@ static void block(const float* x, int64_t K, const float* w, int n, float* y, co
     for (int m = 0; m < M; m++) a[m] = load(y + m * COLUMNS), b[m] = load(y + m * COLUMNS + V);
     for (int k = 0; k < n; k++) {
         vec left = load(w + k * COLUMNS), right = load(w + k * COLUMNS + V);
-        __builtin_prefetch(next + k * stride);
+        if (M > 1) __builtin_prefetch(next + k * stride);  // one row is read as fast without
         for (int m = 0; m < M; m++) a[m] += x[m * K + k] * left, b[m] += x[m * K + k] * right;
     }
     for (int m = 0; m < M; m++) {
@@ -61,7 +61,7 @@ extern "C" void run(const float* x, const float* w, const float* bias, float* y,
         float sums[MOST * COLUMNS];
         for (int64_t at = 0; at < B; at += MOST) {
             int64_t rows = std::min<int64_t>(MOST, B - at), groups = (rows + ROWS - 1) / ROWS;
-            memset(sums, 0, sizeof sums);
+            memset(sums, 0, rows * COLUMNS * sizeof(float));
             for (int64_t b = 0; bias && b < rows; b++)
                 memcpy(sums + b * COLUMNS, bias + start, width * sizeof(float));
             for (int64_t k = 0; k < K; k += DEPTH) {
