@@ -21,8 +21,11 @@ def drawn(N, K):
     return [torch.randn(shape, generator=generator) for shape in ((max(ROWS), K), (N, K), (N,))]
 
 
+@pytest.mark.parametrize("sizes", [{}, {"__AVX512F__": 1}])  # whose vectors are twice as wide
 @pytest.mark.parametrize("N, K", SHAPES)
-def test_a_product_is_the_sums_of_the_products(N, K):
+def test_a_product_is_the_sums_of_the_products(N, K, sizes, monkeypatch):
+    build = native.build
+    monkeypatch.setattr(native, "build", lambda name: build(name, **sizes))
     (lay_out, multiply), (x, weight, bias) = products.build(), drawn(N, K)
     panels, plain = lay_out(weight), x.double() @ weight.double().T
     for b, exact in (None, plain), (bias, plain + bias.double()):
