@@ -44,11 +44,11 @@ static Tensor multiply(const Tensor& rows, const Tensor& panels, const std::opti
 }
 
 TORCH_LIBRARY_FRAGMENT(lab, m) {
-    m.def("attend(Tensor q, Tensor k, Tensor v, Tensor last, SymInt S, int kernel) -> Tensor");
-    m.def("multiply(Tensor x, Tensor panels, Tensor? bias, int N, int kernel) -> Tensor");
+    m.def("attend_on_cpu(Tensor q, Tensor k, Tensor v, Tensor end, SymInt S, int kernel) -> Tensor");
+    m.def("multiply_on_cpu(Tensor x, Tensor panels, Tensor? bias, int N, int kernel) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(lab, CPU, m) {
-    m.impl("attend", attend);
-    m.impl("multiply", multiply);
+    m.impl("attend_on_cpu", attend);
+    m.impl("multiply_on_cpu", multiply);
 }

@@ -18,8 +18,8 @@ FLAGS = ["-std=c++20", "-O3", "-fopenmp", "-shared", "-fPIC", "-Wno-psabi"]
 FLAGS += ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 FLAGS += [f"-D_GLIBCXX_USE_CXX11_ABI={torch.compiled_with_cxx11_abi():d}"]
 SHAPES = {  # operation -> the shape of what it gives
-    "attend": lambda q, *_: q.new_empty(q.shape),
-    "multiply": lambda x, panels, bias, N, kernel: x.new_empty(*x.shape[:-1], N),
+    "attend_on_cpu": lambda q, *_: q.new_empty(q.shape),
+    "multiply_on_cpu": lambda x, panels, bias, N, kernel: x.new_empty(*x.shape[:-1], N),
 }
 
 

@@ -138,7 +138,7 @@ def test_to_a_compiled_step_it_is_one_operation(folder_of, monkeypatch):
         model.step = steps.CompiledStep(model)
         assert same_bits(logits_of(model), expected)
     (names,) = graphs  # compiled once
-    assert names.count("lab.attend") == 2
+    assert names.count("lab.attend_on_cpu") == 2
 
 
 @pytest.mark.filterwarnings("ignore")  # of PyTorch's own
@@ -146,7 +146,7 @@ def test_the_operation_tells_pytorch_the_truth_about_itself():
     _, kernel = native.build("attention", T="float", G=1, WIDTH=8)
     arguments = *drawn(1, 1, 8, "float32"), positions_of(LAST), 700, kernel
     kinds = ("test_schema", "test_faketensor")  # it has no gradient
-    torch.library.opcheck(torch.ops.lab.attend.default, arguments, test_utils=kinds)
+    torch.library.opcheck(torch.ops.lab.attend_on_cpu.default, arguments, test_utils=kinds)
 
 
 def test_where_it_cannot_be_used_a_line_says_so(folder_of, monkeypatch, capsys):

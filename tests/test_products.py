@@ -71,7 +71,7 @@ def test_the_operation_tells_pytorch_the_truth_about_itself():
     kinds = ("test_schema", "test_faketensor")  # it has no gradient
     for b in (None, bias):
         arguments = x[:4, None], lay_out(weight), b, 100, kernel
-        torch.library.opcheck(torch.ops.lab.multiply.default, arguments, test_utils=kinds)
+        torch.library.opcheck(torch.ops.lab.multiply_on_cpu.default, arguments, test_utils=kinds)
 
 
 @pytest.mark.parametrize("family", ["qwen2", "llama3"])  # with biases, and without
@@ -86,7 +86,7 @@ def test_in_a_compiled_step_all_products_are_these(family, folder_of, monkeypatc
         expected, found = logits_of(plain), logits_of(model)
     assert all(close(found[i], x, 1e-5) for i, x in expected.items())
     (names,) = graphs
-    assert names.count("lab.multiply") == 4 * model.config.layers + 1
+    assert names.count("lab.multiply_on_cpu") == 4 * model.config.layers + 1
     assert not any("mm" in name or "linear" in name for name in names)
     assert "products" not in capsys.readouterr().err
 
