@@ -44,7 +44,7 @@ static Tensor multiply(const Tensor& rows, const Tensor& panels, const std::opti
 }
 
 TORCH_LIBRARY_FRAGMENT(lab, m) {
-    m.def("attend_on_cpu(Tensor q, Tensor k, Tensor v, Tensor end, SymInt S, int kernel) -> Tensor");
+    m.def("attend_on_cpu(Tensor q, Tensor k, Tensor v, Tensor at, SymInt S, int kernel) -> Tensor");
     m.def("multiply_on_cpu(Tensor x, Tensor panels, Tensor? bias, int N, int kernel) -> Tensor");
 }
 
