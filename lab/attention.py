@@ -11,17 +11,15 @@ from torch import Tensor
 
 from lab import native
 
-NUMBERS = {torch.float32: "float", torch.bfloat16: "uint16_t"}
-
 
 def build(dtype: torch.dtype, G: int, h: int) -> Callable:
     """`attend` for G query heads of width h to a KV head.
 
     ValueError for what it does not compute, CalledProcessError where it does not compile.
     """
-    if dtype not in NUMBERS or h % 8:
+    if dtype not in native.NUMBERS or h % 8:
         raise ValueError(f"none for {dtype} and heads of width {h}")
-    _, kernel = native.build("attention", T=NUMBERS[dtype], G=G, WIDTH=h)
+    _, kernel = native.build("attention", T=native.NUMBERS[dtype], G=G, WIDTH=h)
 
     def attend(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, S: int) -> Tensor:
         """KVCache.attend for one query per row, [B, 1, H, h] -> [B, 1, H, h]; sums are float32.

@@ -35,6 +35,7 @@ import soft_reasoning
 import softcot
 from lab import bench_landscapes, bench_report, bench_search, bench_training, checkpoint, cli
 from lab import fast, files, flags, peers, ranks, timing
+from lab.linear import Int8Linear
 from lab.timing import Clock
 from model import Prompt, Request, Tokenizer, Transformer, UserError, check_prompt, decode
 from model import weight_paths
@@ -146,7 +147,7 @@ def bench_decoding(args: argparse.Namespace) -> tuple[list[str], dict]:
     embeds = model.embed(torch.tensor(ids, device=device))
     prompts = {length: Prompt(embeds[:length]) for length in args.prompt}
     first, longest = args.prompt[0], max(args.prompt)
-    linear = [m for m in model.modules() if isinstance(m, (nn.Linear, fast.Int8Linear))]
+    linear = [m for m in model.modules() if isinstance(m, (nn.Linear, Int8Linear))]
     weights = sum(x.nbytes for m in linear for x in m.state_dict().values())
     kernel = model.attention
     ways = {"greedy": ("greedy", kernel), "concept tokens": ("soft", kernel)}

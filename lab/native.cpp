@@ -28,24 +28,26 @@ static Tensor attend(const Tensor& query, const Tensor& keys, const Tensor& valu
     return out;
 }
 
-static Tensor multiply(const Tensor& rows, const Tensor& panels, const std::optional<Tensor>& bias,
-                       int64_t N, int64_t kernel) {
+static Tensor multiply(const Tensor& rows, const Tensor& panels, const std::optional<Tensor>& scale,
+                       const std::optional<Tensor>& bias, int64_t N, int64_t kernel) {
     Tensor x = rows.contiguous();
     auto sizes = x.sizes().vec();
     int64_t K = sizes.back();
     sizes.back() = N;
     Tensor y = at::empty(sizes, x.options());
-    auto run = (void (*)(const float*, const float*, const float*, float*, int64_t, int64_t,
-                         int64_t, int))kernels[kernel];
-    run(x.const_data_ptr<float>(), panels.const_data_ptr<float>(),
-        bias ? bias->const_data_ptr<float>() : nullptr, y.data_ptr<float>(), x.numel() / K, K, N,
+    auto run = (void (*)(const void*, const void*, const void*, const void*, void*, int64_t,
+                         int64_t, int64_t, int))kernels[kernel];
+    run(x.const_data_ptr(), panels.const_data_ptr(), scale ? scale->const_data_ptr() : nullptr,
+        bias ? bias->const_data_ptr() : nullptr, y.data_ptr(), x.numel() / K, K, N,
         at::get_num_threads());
     return y;
 }
 
 TORCH_LIBRARY_FRAGMENT(lab, m) {
     m.def("attend_on_cpu(Tensor q, Tensor k, Tensor v, Tensor at, SymInt S, int kernel) -> Tensor");
-    m.def("multiply_on_cpu(Tensor x, Tensor panels, Tensor? bias, int N, int kernel) -> Tensor");
+    m.def(
+        "multiply_on_cpu(Tensor x, Tensor panels, Tensor? scale, Tensor? bias, int N, int kernel)"
+        " -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(lab, CPU, m) {

@@ -19,8 +19,9 @@ FLAGS += ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 FLAGS += [f"-D_GLIBCXX_USE_CXX11_ABI={torch.compiled_with_cxx11_abi():d}"]
 SHAPES = {  # operation -> the shape of what it gives
     "attend_on_cpu": lambda q, *_: q.new_empty(q.shape),
-    "multiply_on_cpu": lambda x, panels, bias, N, kernel: x.new_empty(*x.shape[:-1], N),
+    "multiply_on_cpu": lambda x, w, scale, bias, N, kernel: x.new_empty(*x.shape[:-1], N),
 }
+NUMBERS = {torch.float32: "float", torch.bfloat16: "uint16_t"}  # as they are called in C++
 
 
 @cache

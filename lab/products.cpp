@@ -1,45 +1,119 @@
-// x Wᵀ + b of a decoding step on a CPU: few rows x, and a weight W that should be read only once.
+// x Wᵀ of a decoding step on a CPU: few rows x, and a weight W that should be read only once.
 //
-// The weight lies in panels of COLUMNS of its rows, each k by k (lab/products.py): it is read as it
-// lies. DEPTH k's of a panel stay in the cache until all rows are done with them, ROWS at a
-// time, whose sums stay in registers; meanwhile the next are fetched. A sum goes from the first k
-// to the last: it does not depend on how many other rows or threads there are.
+// lab/products.py compiles it for rows in float or bfloat16 (BFLOAT16), and for a weight of T: the
+// same (bfloat16 is uint16_t here), or int8_t with a scale for each of its rows. The weight lies in
+// panels of COLUMNS of its rows, one k after another, or one pair of k's after another where the
+// processor multiplies bfloat16 in pairs: it is read as it lies. DEPTH of these steps of a panel
+// stay in the cache until all rows are done with them, ROWS at a time, whose sums stay in
+// registers; meanwhile the next are fetched. A sum goes from the first k to the last: it does not
+// depend on how many other rows or threads there are.
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
+#include <vector>
 
-#ifdef __AVX512F__
+#if __AVX512F__
 constexpr int V = 16, ROWS = 12;  // numbers of a vector; rows whose sums fill the registers
 #else
 constexpr int V = 8, ROWS = 6;
 #endif
-constexpr int COLUMNS = 2 * V, DEPTH = 256, MOST = 8 * ROWS;
 typedef float vec __attribute__((vector_size(4 * V)));
 
-extern "C" const int columns = COLUMNS;
-
-static inline vec load(const float* x) {
-    vec y;
+template <typename Y>
+static inline Y load(const void* x) {
+    Y y;
     memcpy(&y, x, sizeof y);
     return y;
 }
 
-// y [M, COLUMNS] += x [M, n] w [n, COLUMNS], and a line of what comes next is fetched with each k.
+#if BFLOAT16
+typedef uint16_t X;  // a number of the rows
+#else
+typedef float X;
+#endif
+
+static inline float number(float x) { return x; }
+static inline float number(int8_t x) { return x; }
+static inline float number(uint16_t x) {  // bfloat16: the upper half of a float
+    uint32_t bits = x << 16;
+    return load<float>(&bits);
+}
+
+static inline void store(float* x, float y) { *x = y; }
+static inline void store(uint16_t* x, float y) {
+    uint32_t bits = load<uint32_t>(&y);
+    *x = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;  // to the nearest, ties to even
+}
+
+// What is multiplied at once: `step` of a row and `vector` of V columns, of P numbers Y each. Other
+// numbers are converted, exactly.
+#if BFLOAT16 && __AVX512BF16__
+#include <immintrin.h>
+constexpr int P = 2;
+typedef uint16_t Y;
+typedef uint32_t step;
+typedef __m512bh vector;
+
+static inline vec add(vec sum, step x, vector w) {
+    return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(x), w);
+}
+
+static inline __m512 floats(const int8_t* x) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load<__m128i>(x)));
+}
+
+// GCC, left to itself, takes twice as long.
+static void convert(const int8_t* x, int64_t n, Y* y) {
+    for (int64_t i = 0; i < n; i += 32) {
+        __m512bh both = _mm512_cvtne2ps_pbh(floats(x + i + 16), floats(x + i));
+        memcpy(y + i, &both, sizeof both);
+    }
+}
+#else
+constexpr int P = 1;
+typedef float Y, step;
+typedef vec vector;
+
+static inline vec add(vec sum, step x, vector w) { return sum + x * w; }
+
+template <typename From>
+static void convert(const From* x, int64_t n, Y* y) {
+    for (int64_t i = 0; i < n; i++) y[i] = number(x[i]);
+}
+#endif
+
+constexpr int COLUMNS = 2 * V, STEP = COLUMNS * P, DEPTH = 16384 / (STEP * sizeof(Y));
+constexpr int MOST = 8 * ROWS, LINE = 64;  // of the cache, in bytes
+
+template <typename From>
+static const Y* converted(const From* x, int64_t n, Y* room) {
+    if constexpr (std::is_same_v<From, Y>) return x;
+    else convert(x, n, room);
+    return room;
+}
+
+extern "C" const int columns = COLUMNS, pairs = P;
+
+// y [M, COLUMNS] += x [M, n] w [n, COLUMNS], and lines of what comes next are fetched at each step.
 template <int M>
-static void block(const float* x, int64_t K, const float* w, int n, float* y, const char* next,
+static void block(const Y* x, int64_t K, const Y* w, int n, float* y, const char* next,
                   int stride) {
     vec a[M], b[M];
-    for (int m = 0; m < M; m++) a[m] = load(y + m * COLUMNS), b[m] = load(y + m * COLUMNS + V);
-    for (int k = 0; k < n; k++) {
-        vec left = load(w + k * COLUMNS), right = load(w + k * COLUMNS + V);
-        if (M > 1) __builtin_prefetch(next + k * stride);  // one row is read as fast without
-        for (int m = 0; m < M; m++) a[m] += x[m * K + k] * left, b[m] += x[m * K + k] * right;
+    for (int m = 0; m < M; m++) a[m] = load<vec>(y + m * COLUMNS);
+    for (int m = 0; m < M; m++) b[m] = load<vec>(y + m * COLUMNS + V);
+    for (int k = 0; k < n; k++, w += STEP, next += stride) {
+        vector left = load<vector>(w), right = load<vector>(w + STEP / 2);
+        if (M > 1) __builtin_prefetch(next);  // one row is read as fast without
+        if (M > 1 && stride > LINE) __builtin_prefetch(next + LINE);
+        for (int m = 0; m < M; m++) {
+            step z = load<step>(x + m * K + k * P);
+            a[m] = add(a[m], z, left), b[m] = add(b[m], z, right);
+        }
     }
-    for (int m = 0; m < M; m++) {
-        memcpy(y + m * COLUMNS, a + m, sizeof(vec));
-        memcpy(y + m * COLUMNS + V, b + m, sizeof(vec));
-    }
+    for (int m = 0; m < M; m++) memcpy(y + m * COLUMNS, a + m, sizeof(vec));
+    for (int m = 0; m < M; m++) memcpy(y + m * COLUMNS + V, b + m, sizeof(vec));
 }
 
 // The block of m <= M rows: for each number of rows there is a loop of its own.
@@ -51,31 +125,39 @@ static void blocks(int m, Rest... rest) {
     block<M>(rest...);
 }
 
-// x [B, K], w [panels of N, K, COLUMNS], bias [N] or null -> y [B, N]
-extern "C" void run(const float* x, const float* w, const float* bias, float* y, int64_t B,
+// x [B, K], w [panels of N, K / P, COLUMNS, P], scale and bias [N] or null -> y [B, N]
+extern "C" void run(const X* x, const T* w, const X* scale, const X* bias, X* y, int64_t B,
                     int64_t K, int64_t N, int threads) {
+    static thread_local std::vector<Y> room;
+    room.resize(std::is_same_v<X, Y> ? 0 : B * K);
+    const Y* rows = converted(x, B * K, room.data());
     int64_t panels = (N + COLUMNS - 1) / COLUMNS;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t p = 0; p < panels; p++) {
         int64_t start = p * COLUMNS, width = std::min<int64_t>(COLUMNS, N - start);
         float sums[MOST * COLUMNS];
+        Y there[DEPTH * STEP];
         for (int64_t at = 0; at < B; at += MOST) {
-            int64_t rows = std::min<int64_t>(MOST, B - at), groups = (rows + ROWS - 1) / ROWS;
-            memset(sums, 0, rows * COLUMNS * sizeof(float));
-            for (int64_t b = 0; bias && b < rows; b++)
-                memcpy(sums + b * COLUMNS, bias + start, width * sizeof(float));
-            for (int64_t k = 0; k < K; k += DEPTH) {
-                const float* here = w + (p * K + k) * COLUMNS;
-                int n = std::min<int64_t>(DEPTH, K - k), stride = COLUMNS * sizeof(float) / groups;
+            int64_t count = std::min<int64_t>(MOST, B - at), groups = (count + ROWS - 1) / ROWS;
+            memset(sums, 0, count * COLUMNS * sizeof(float));
+            for (int64_t k = 0; k < K; k += DEPTH * P) {
+                int n = std::min<int64_t>(DEPTH, (K - k) / P), stride = STEP * sizeof(T) / groups;
+                const T* here = w + (p * K + k) * COLUMNS;
+                const Y* weights = converted(here, n * STEP, there);
                 for (int64_t g = 0; g < groups; g++) {
-                    int64_t first = g * rows / groups, m = (g + 1) * rows / groups - first;
-                    const char* next = (const char*)(here + n * COLUMNS) + g * n * stride;
-                    blocks<ROWS>(m, x + (at + first) * K + k, K, here, n, sums + first * COLUMNS,
-                                 next, stride);
+                    int64_t first = g * count / groups, m = (g + 1) * count / groups - first;
+                    const char* next = (const char*)(here + n * STEP) + g * n * stride;
+                    blocks<ROWS>(m, rows + (at + first) * K + k, K, weights, n,
+                                 sums + first * COLUMNS, next, stride);
                 }
             }
-            for (int64_t b = 0; b < rows; b++)
-                memcpy(y + (at + b) * N + start, sums + b * COLUMNS, width * sizeof(float));
+            for (int64_t b = 0; b < count; b++)
+                for (int64_t i = 0; i < width; i++) {
+                    float sum = sums[b * COLUMNS + i];
+                    if (scale) sum *= number(scale[start + i]);
+                    if (bias) sum += number(bias[start + i]);
+                    store(y + (at + b) * N + start + i, sum);
+                }
         }
     }
 }

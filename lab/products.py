@@ -1,31 +1,46 @@
 """The matrix products of a decoding step on a CPU in C++: lab/products.cpp, for weights laid out.
 
-A step of few rows should take what reading the weights once takes, and oneDNN's products take far
-longer.
+A step of few rows should take what reading the weights once takes. oneDNN's products take longer,
+and PyTorch's with 8 bits many times as long for several rows.
 """
 
 import ctypes
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from lab import native
 
+NUMBERS = native.NUMBERS | {torch.int8: "int8_t"}
 
-def build() -> tuple[Callable, Callable]:
-    """`lay_out` and `multiply`, for float32; CalledProcessError where they do not compile."""
-    library, kernel = native.build("products")
-    C = ctypes.c_int.in_dll(library, "columns").value
 
-    def lay_out(weight: Tensor) -> Tensor:
-        """[N, K] -> panels [ceil(N / C), K, C] of C rows each, the last filled up with zeros."""
-        N, K = weight.shape
-        return F.pad(weight, (0, 0, 0, -N % C)).view(-1, C, K).transpose(1, 2).contiguous()
+class Panels(nn.Module):
+    """x [..., K] -> x Wᵀ + b [..., N] as a linear layer, whose weight is laid out in panels.
 
-    def multiply(x: Tensor, panels: Tensor, bias: Tensor | None, N: int) -> Tensor:
-        """x [..., K] times a weight [N, K] that is laid out -> [..., N]."""
-        return torch.ops.lab.multiply_on_cpu(x, panels, bias, N, kernel)
+    panels [ceil(N / C), K / P, C, P]: each of C rows of the weight, P columns at a time; what is
+    not there is 0. layer: a linear.PackedLinear, or a linear.Int8Linear for rows in the dtype of
+    its scale. ValueError for float16, CalledProcessError where it does not compile.
+    """
 
-    return lay_out, multiply
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        W, scale = layer.weight, getattr(layer, "scale", None)
+        rows = W.dtype if scale is None else scale.dtype
+        if rows not in native.NUMBERS:
+            raise ValueError(f"none for {rows}")
+        bfloat16 = int(rows == torch.bfloat16)
+        library, self.kernel = native.build("products", T=NUMBERS[W.dtype], BFLOAT16=bfloat16)
+        C, P = (ctypes.c_int.in_dll(library, name).value for name in ("columns", "pairs"))
+        self.N, K = W.shape
+        self.missing = -K % P
+        W = F.pad(W.detach(), (0, self.missing, 0, -self.N % C)).view(-(-self.N // C), C, -1, P)
+        self.register_buffer("panels", W.transpose(1, 2).contiguous(), persistent=False)
+        self.register_buffer("scale", scale, persistent=False)
+        self.register_buffer("bias", layer.bias, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.pad(x, (0, self.missing)) if self.missing else x
+        return torch.ops.lab.multiply_on_cpu(
+            x, self.panels, self.scale, self.bias, self.N, self.kernel
+        )

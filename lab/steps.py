@@ -16,18 +16,18 @@ from model import KVCache, Transformer, UserError
 class CompiledStep:
     """Transformer.step compiled by Inductor: what stands between the matrix products is fused.
 
-    On a CPU it is compiled for one row and for several: twice at most, and Inductor's cache keeps
-    what it made. The weights are taken as they are at the first step, laid out for the products: a
-    second copy. The products are lab/products.cpp's (`use_products`), or else Inductor's choice,
-    with weights as constants, which its cache does not keep. Its own in C++ multiply one row of
-    bfloat16 faster than oneDNN's, but 16 rows several times slower where the processor has
-    bfloat16 instructions, which only oneDNN uses. Freezing (the constants) and the choice of
-    products are settings of Inductor itself: they hold for whatever the process compiles next.
+    On a CPU it is compiled for one row and for several: twice at most. The weights are taken as
+    they are at the first step, laid out for the products: a second copy. The products are
+    lab/products.cpp's (`use_products`), and Inductor's cache keeps the step; or else they are
+    Inductor's choice, with weights as constants, which its cache does not keep: its own in C++, but
+    oneDNN's for several rows where that has instructions for the dtype. Freezing (the constants)
+    and the choice of products are settings of Inductor itself: they hold for whatever the process
+    compiles next.
     """
 
     def __init__(self, model: Transformer):
         self.model, self.sizes = model, set()  # sizes: numbers of rows that it has had
-        self.layers, self.lay_out = [], None  # those whose products are lab/products.cpp's
+        self.layers: list[nn.Module] = []  # those whose products are lab/products.cpp's
         self.onednn = multiplies_bfloat16(model.device, model.embed.weight.dtype)
         self.one, self.stats = torch.compile(self.plain), torch._dynamo.utils.counters["stats"]
 
@@ -41,7 +41,7 @@ class CompiledStep:
             return self.one(x, rotation, cache)
         if not self.sizes:
             for layer in self.layers:
-                layer.panels = self.lay_out(layer.weight)
+                layer.panels = products.Panels(layer)
         kept = cache.keys + cache.values
         dynamic = [(cache.mask, 3), *((y, 2) for y in kept)]  # all lengths and capacities
         if x.device.type == "cpu":  # and all numbers of rows: which comes first decides no bit
@@ -103,20 +103,17 @@ def use_attention(model: Transformer) -> None:
     model.attention = attend
 
 
-def use_products(step: CompiledStep, layers: list[nn.Module]) -> None:
+def use_products(step: CompiledStep, layers: list[nn.Module], dtype: torch.dtype) -> None:
     """Have a compiled step multiply by lab/products.cpp, if that computes what PyTorch does.
 
-    layers: fast.PackedLinear, in float32. Else a line says why not.
+    layers: all linear.PackedLinear, or all linear.Int8Linear. Else a line says why not.
     """
     try:
-        lay_out, multiply = products.build()
-        check_products(lay_out, multiply)
+        check_products(type(layers[0]), dtype)
     except Exception as error:  # noqa: BLE001 (of the compiler, of the system)
         refuse("products in C++ cannot be used here, PyTorch's are", error)
         return
-    for layer in layers:
-        layer.multiply = multiply
-    step.layers, step.lay_out = layers, lay_out
+    step.layers = layers
 
 
 def refuse(what: str, error: Exception) -> None:
@@ -147,14 +144,18 @@ def check_attention(attend: Callable, model: Transformer) -> None:
 
 
 @torch.inference_mode()
-def check_products(lay_out: Callable, multiply: Callable) -> None:
+def check_products(kind: type, dtype: torch.dtype) -> None:
     """As check_attention, for products; panels, blocks and groups of rows are not all full."""
     generator = torch.Generator().manual_seed(0)
-    shapes = (99, 300), (100, 300), (100,)
-    x, weight, bias = (torch.randn(shape, generator=generator) for shape in shapes)
-    panels, exact = lay_out(weight), F.linear(x, weight, bias)
+    layer = nn.utils.skip_init(nn.Linear, 300, 100)
+    x = torch.randn(99, 300, generator=generator)
+    for parameter in layer.parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    layer, x = kind(layer.to(dtype)), x.to(dtype)
+    weight = layer.weight.float() * getattr(layer, "scale", torch.ones(100))[:, None]
+    panels, exact = products.Panels(layer), F.linear(x.float(), weight, layer.bias.float())
     for rows in (1, 7, 99):
-        compare("a product", multiply(x[:rows], panels, bias, 100), exact[:rows])
+        compare("a product", panels(x[:rows]), exact[:rows])
 
 
 def compare(what: str, found: Tensor, exact: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 import math
 import shutil
+import subprocess
 
 import pytest
 import torch
@@ -65,14 +66,14 @@ def check_bits(attend, q, keys, values):
     assert torch.equal(again.flip(0), together)
 
 
-@pytest.mark.parametrize("dtype", attention.NUMBERS)
+@pytest.mark.parametrize("dtype", native.NUMBERS)
 @pytest.mark.parametrize("K, G, h", [(1, 1, 8), (2, 3, 96), (1, 7, 128), (1, 8, 64)])
 def test_attention_is_softmax_over_what_a_row_may_see(K, G, h, dtype):
     attend, name = attention.build(dtype, G, h), str(dtype)[6:]
     check_exact(attend, *drawn(K, G, h, name))
 
 
-@pytest.mark.parametrize("dtype", attention.NUMBERS)
+@pytest.mark.parametrize("dtype", native.NUMBERS)
 def test_a_rows_bits_depend_on_no_size_no_neighbour_and_no_number_of_threads(dtype):
     attend, parts = attention.build(dtype, 3, 96), drawn(2, 3, 96, str(dtype)[6:])
     check_bits(attend, *parts)
@@ -167,6 +168,9 @@ def test_where_it_cannot_be_used_a_line_says_so(folder_of, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr(attention, "build", lambda *_: lambda q, *_: F.normalize(q))
         assert said().startswith("ArithmeticError: attention in float32 is off by")
-    monkeypatch.setattr(native, "build", native.build.__wrapped__)  # which remembers nothing
-    monkeypatch.setattr(native, "FLAGS", ["-no-such-flag"])
+
+    def fails(*_, **__):
+        raise subprocess.CalledProcessError(1, "g++")
+
+    monkeypatch.setattr(native, "build", fails)
     assert said().startswith("CalledProcessError")

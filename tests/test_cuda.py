@@ -21,6 +21,7 @@ import model as M
 import softcot
 from baselines import sampling
 from lab import checkpoint, fast, steps, tasks, training
+from lab.linear import Int8Linear
 from lab.steps import Flags
 from model import KVCache, Prompt, Request, UserError
 from soft_thinking import Settings, think
@@ -79,7 +80,7 @@ def test_int8_weights_are_off_by_little(device, folder_of):
     folder = str(folder_of("qwen3"))
     plain, small = (fast.load(folder, device, "float32", q)[0] for q in (None, "int8"))
     for layer, exact in zip(small.modules(), plain.modules(), strict=True):
-        if isinstance(layer, fast.Int8Linear):
+        if isinstance(layer, Int8Linear):
             x = torch.randn(4, 7, exact.in_features, device=device)
             made = layer.weight.double() * layer.scale[:, None].double()
             with torch.inference_mode():
@@ -187,7 +188,7 @@ def test_the_kernels_are_used(family, dtype, folder_of, capsys):
 
     model, _ = fast.load(str(folder_of(family)), "cuda", dtype, "int8")
     assert model.attention is kernels.attend and not capsys.readouterr().err
-    products = [x.product for x in model.modules() if isinstance(x, fast.Int8Linear)]
+    products = [x.product for x in model.modules() if isinstance(x, Int8Linear)]
     assert products == [kernels.int8_linear] * 9
 
 
@@ -206,7 +207,7 @@ def test_steps_with_the_kernels_are_the_steps(dtype, tolerance, quantize, compil
     plain, _ = loaded("qwen3", "cuda", dtype, quantize=quantize)
     plain.attention = plain.recorder = None
     for module in plain.modules():
-        if isinstance(module, fast.Int8Linear):
+        if isinstance(module, Int8Linear):
             module.product = None
     ids = torch.randint(0, 250, (1500,), generator=torch.Generator().manual_seed(0)).cuda()
 

@@ -21,7 +21,8 @@ from torch import nn
 
 import model as M
 from lab import checkpoint, fast, steps
-from lab.fast import Int8Linear, PackedLinear, hf_tensors, load
+from lab.fast import hf_tensors, load
+from lab.linear import Int8Linear, PackedLinear, packs
 from model import Config, KVCache, Prompt, Request, Transformer, UserError, decode
 from softcot import Sampler
 
@@ -79,7 +80,7 @@ def test_gradients_through_a_fused_model_are_those_of_the_plain_one(folder_of):
 
 
 native = pytest.mark.skipif(
-    not fast.packs(torch.device("cpu"), torch.bfloat16),
+    not packs(torch.device("cpu"), torch.bfloat16),
     reason="this processor has no bfloat16 instructions",
 )
 
@@ -247,6 +248,18 @@ def test_int8_weights_are_off_by_half_a_step_at_most(dtype, folder_of):
     assert close(small(x).float(), model(x).float(), 0.05)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n", [1, 8, 40, 72, 96])
+def test_int8_products_are_right_for_rows_of_any_length(n, dtype):
+    """PyTorch's own, with AVX-512, read beyond rows of bfloat16: wrong numbers, or a crash."""
+    layer = Int8Linear(nn.Linear(n, 30, dtype=dtype).requires_grad_(False))
+    for rows in (1, 2, 3, 16):
+        x = torch.randn(rows, n).to(dtype)
+        exact = F.linear(x.double(), layer.weight * layer.scale.double()[:, None])
+        with torch.inference_mode():
+            assert close(layer(x).double(), exact + layer.bias.double(), 8e-3)
+
+
 def test_without_triton_pytorch_decodes_and_a_line_says_so(folder_of, monkeypatch, capsys):
     model, _ = load(str(folder_of("qwen3")), "cpu", "float32")
     monkeypatch.setitem(sys.modules, "triton", None)  # as where it is not installed
@@ -324,7 +337,7 @@ print(memory() - before)
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells the peak")
 @pytest.mark.skipif(
-    fast.packs(torch.device("cpu"), torch.bfloat16), reason="packed weights are a second copy"
+    packs(torch.device("cpu"), torch.bfloat16), reason="packed weights are a second copy"
 )
 @pytest.mark.parametrize("module", ["model", "lab.fast"])
 def test_loading_takes_hardly_more_memory_than_the_weights(module, folder_of, tmp_path):

@@ -14,6 +14,7 @@ from test_attention import LAST, check_bits, check_exact, drawn, positions_of
 from test_decode import Greedy, greedy, prompts, same_bits
 
 from lab import fast, steps
+from lab.linear import Int8Linear
 from model import Prompt, Request
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
@@ -77,7 +78,7 @@ def check_product(rows, m, n, bias, dtype):
 
 
 def quantised(model):
-    return [module for module in model.modules() if isinstance(module, fast.Int8Linear)]
+    return [module for module in model.modules() if isinstance(module, Int8Linear)]
 
 
 def use(model, attention, product):

@@ -1,5 +1,6 @@
 """lab/native.py: what is compiled is kept, and is made anew where anything of it changes."""
 
+import ctypes
 import shutil
 import subprocess
 
@@ -8,6 +9,7 @@ import pytest
 from lab import native
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+SIZES = "-DT=float", "-DBFLOAT16=0"
 
 
 @pytest.fixture
@@ -23,9 +25,9 @@ def compilations(tmp_path, monkeypatch):
 
 def test_a_library_is_compiled_once_for_its_options(compilations, tmp_path):
     for _ in range(2):
-        assert native.compiled("products").run
+        assert native.compiled("products", *SIZES).run
     assert len(compilations) == 1 == len(list(tmp_path.glob("lab/products-*.so")))
-    assert native.compiled("products", "-march=native").run and len(compilations) == 2
+    assert native.compiled("products", "-march=native", *SIZES).run and len(compilations) == 2
     assert all(path.suffix == ".so" for path in tmp_path.glob("lab/*"))  # nothing else is left
 
 
@@ -35,7 +37,7 @@ def test_a_changed_file_is_compiled_anew(compilations, tmp_path, monkeypatch):
         code = f'extern "C" const int number = {number};'
         (tmp_path / "own.cpp").write_text(code)
         library = native.compiled("own")
-        assert native.ctypes.c_int.in_dll(library, "number").value == number
+        assert ctypes.c_int.in_dll(library, "number").value == number
     assert len(compilations) == 2
 
 

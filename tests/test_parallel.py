@@ -308,7 +308,7 @@ def no_memory(device):
 
 
 def little_memory(device):
-    return 150_000  # enough for its weights
+    return 150_000  # enough for its weights in float32
 
 
 QUESTION = ("--question", "Why?")
@@ -328,7 +328,8 @@ QUESTION = ("--question", "Why?")
     ],
 )
 def test_a_mistake_is_one_line_and_all_ranks_end(size, more, change, said, folder, tmp_path):
-    arguments = ["--model", folder, "--device", "cpu", "--max-new-tokens", "400", *more]
+    arguments = ["--model", folder, "--device", "cpu", "--dtype", "float32", *more]
+    arguments += ["--max-new-tokens", "400"]
     run = Run(tmp_path, size, on_rank_1, change, arguments)
     codes = run.end(30)
     lines = [line for line in run.said().splitlines() if line.startswith("soft_thinking.py: ")]

@@ -2,87 +2,117 @@
 
 import math
 import shutil
+import subprocess
 
 import pytest
 import torch
 from conftest import close, compiled_whole
 from test_attention import logits_of
+from torch import nn
 
-from lab import fast, native, products
-from model import load
+from lab import fast, linear, native, products
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
 SHAPES = [(1, 1), (16, 256), (33, 257), (100, 700)]  # [N, K]: of panels and blocks, full or not
-ROWS = [1, 5, 6, 7, 48, 49, 110]  # groups of rows, full or not; more rows than are summed at once
+ROWS = [1, 5, 6, 7, 12, 13, 49, 110]  # groups of rows, full or not; more than are summed at once
+KINDS = [
+    (linear.PackedLinear, torch.float32),
+    (linear.PackedLinear, torch.bfloat16),
+    (linear.Int8Linear, torch.float32),
+    (linear.Int8Linear, torch.bfloat16),
+]
+each_kind = pytest.mark.parametrize("kind, dtype", KINDS)
+# Vectors of one width and of twice that; without instructions for bfloat16, where there are some.
+PROCESSORS = [{"__AVX512F__": wide, "__AVX512BF16__": 0} for wide in (0, 1)] + [{}]
 
 
-def drawn(N, K):
+def drawn(kind, dtype, N=100, K=700, bias=True):
+    """A layer, and rows for it."""
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(shape, generator=generator) for shape in ((max(ROWS), K), (N, K), (N,))]
+    layer = nn.Linear(K, N, bias).requires_grad_(False)
+    for parameter in layer.parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return kind(layer.to(dtype)), torch.randn(max(ROWS), K, generator=generator).to(dtype)
 
 
-@pytest.mark.parametrize("sizes", [{}, {"__AVX512F__": 1}])  # whose vectors are twice as wide
+def exact(layer, x):
+    scale = layer.scale.double()[:, None] if hasattr(layer, "scale") else 1
+    y = x.double() @ (layer.weight.double() * scale).T
+    return y if layer.bias is None else y + layer.bias.double()
+
+
+@each_kind
+@pytest.mark.parametrize("processor", PROCESSORS)
 @pytest.mark.parametrize("N, K", SHAPES)
-def test_a_product_is_the_sums_of_the_products(N, K, sizes, monkeypatch):
+def test_a_product_is_the_sums_of_the_products(N, K, processor, kind, dtype, monkeypatch):
     build = native.build
-    monkeypatch.setattr(native, "build", lambda name: build(name, **sizes))
-    (lay_out, multiply), (x, weight, bias) = products.build(), drawn(N, K)
-    panels, plain = lay_out(weight), x.double() @ weight.double().T
-    for b, exact in (None, plain), (bias, plain + bias.double()):
+    monkeypatch.setattr(native, "build", lambda name, **sizes: build(name, **sizes, **processor))
+    for bias in (False, True):
+        layer, x = drawn(kind, dtype, N, K, bias)
+        panels, expected = products.Panels(layer), exact(layer, x)
+        # bfloat16 is rounded once, to 8 bits.
+        most = 2e-6 * expected.abs().max() + (dtype == torch.bfloat16) * expected.abs() / 256
         for rows in ROWS:
-            y = multiply(x[:rows], panels, b, N)
-            assert y.dtype == torch.float32 and y.shape == (rows, N)
-            assert (y - exact[:rows]).abs().max() <= 2e-6 * exact.abs().max()
+            y = panels(x[:rows])
+            assert y.dtype == dtype and y.shape == (rows, N)
+            assert ((y - expected[:rows]).abs() <= most[:rows]).all()
 
 
-def test_rows_may_have_any_shape_and_lie_anywhere():
-    (lay_out, multiply), (x, weight, bias) = products.build(), drawn(100, 700)
-    panels = lay_out(weight)
-    expected = multiply(x, panels, bias, 100)
+@each_kind
+def test_rows_may_have_any_shape_and_lie_anywhere(kind, dtype):
+    layer, x = drawn(kind, dtype)
+    panels = products.Panels(layer)
+    expected = panels(x)
     strided = torch.stack([x, x + 1], dim=2)[:, :, 0]
-    assert torch.equal(multiply(strided, panels, bias, 100), expected)
-    assert torch.equal(multiply(x.view(11, 10, 700), panels, bias, 100).view(-1, 100), expected)
+    assert torch.equal(panels(strided), expected)
+    assert torch.equal(panels(x.view(11, 10, 700)).view(-1, 100), expected)
 
 
-def test_a_rows_bits_depend_on_no_neighbour_and_no_number_of_threads():
-    (lay_out, multiply), (x, weight, bias) = products.build(), drawn(100, 700)
-    panels, threads = lay_out(weight), torch.get_num_threads()
-    expected = multiply(x, panels, bias, 100)
+@each_kind
+def test_a_rows_bits_depend_on_no_neighbour_and_no_number_of_threads(kind, dtype):
+    layer, x = drawn(kind, dtype)
+    panels, threads = products.Panels(layer), torch.get_num_threads()
+    expected = panels(x)
     for rows in ROWS:
-        assert torch.equal(multiply(x[-rows:], panels, bias, 100), expected[-rows:])
+        assert torch.equal(panels(x[-rows:]), expected[-rows:])
     for number in (1, 2, 5):
         torch.set_num_threads(number)
-        assert torch.equal(multiply(x, panels, bias, 100), expected)
+        assert torch.equal(panels(x), expected)
     torch.set_num_threads(threads)
 
 
-def test_what_is_not_finite_stays_where_it_is():
-    (lay_out, multiply), (x, weight, _) = products.build(), drawn(100, 700)
-    x[3, 5], weight[99, 0] = math.nan, math.inf
-    finite = multiply(x, lay_out(weight), None, 100).isfinite()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_not_finite_stays_where_it_is(dtype):
+    layer, x = drawn(linear.PackedLinear, dtype)
+    x[3, 5], layer.weight[99, 0] = math.nan, math.inf
+    finite = products.Panels(layer)(x).isfinite()
     assert not finite[3].any() and not finite[:, 99].any()
     assert finite[[*range(3), *range(4, len(x))], :99].all()
 
 
+@each_kind
 @pytest.mark.filterwarnings("ignore")  # of PyTorch's own
-def test_the_operation_tells_pytorch_the_truth_about_itself():
-    (lay_out, _), (x, weight, bias) = products.build(), drawn(100, 700)
-    _, kernel = native.build("products")
-    kinds = ("test_schema", "test_faketensor")  # it has no gradient
-    for b in (None, bias):
-        arguments = x[:4, None], lay_out(weight), b, 100, kernel
+def test_the_operation_tells_pytorch_the_truth_about_itself(kind, dtype):
+    for bias in (False, True):
+        layer, x = drawn(kind, dtype, bias=bias)
+        p = products.Panels(layer)
+        arguments = x[:4, None], p.panels, p.scale, p.bias, 100, p.kernel
+        kinds = ("test_schema", "test_faketensor")  # it has no gradient
         torch.library.opcheck(torch.ops.lab.multiply_on_cpu.default, arguments, test_utils=kinds)
 
 
+@pytest.mark.parametrize("quantize", [None, "int8"])
 @pytest.mark.parametrize("family", ["qwen2", "llama3"])  # with biases, and without
-def test_in_a_compiled_step_all_products_are_these(family, folder_of, monkeypatch, capsys):
+def test_in_a_compiled_step_all_products_are_these(
+    family, quantize, folder_of, monkeypatch, capsys
+):
     folder = str(folder_of(family))
-    plain, _ = load(folder, "cpu", "float32")
+    plain, _ = fast.load(folder, "cpu", "float32", quantize)
     with compiled_whole(monkeypatch) as graphs:
-        model, _ = fast.load(folder, "cpu", "float32", compile=True)
+        model, _ = fast.load(folder, "cpu", "float32", quantize, compile=True)
         with torch.no_grad():  # between loading and the first step, as a merged adapter does
             for m in (plain.layers[0].mlp.down_proj, model.layers[0].mlp.down_proj):
-                m.weight.mul_(2)
+                m.weight.mul_(-1)
         expected, found = logits_of(plain), logits_of(model)
     assert all(close(found[i], x, 1e-5) for i, x in expected.items())
     (names,) = graphs
@@ -91,20 +121,36 @@ def test_in_a_compiled_step_all_products_are_these(family, folder_of, monkeypatc
     assert "products" not in capsys.readouterr().err
 
 
+@pytest.mark.skipif(
+    not linear.packs(torch.device("cpu"), torch.bfloat16),
+    reason="this processor has no bfloat16 instructions",
+)
+@pytest.mark.parametrize("tiles", [False, True])
+def test_bfloat16_is_left_to_onednn_where_it_has_tiles(tiles, folder_of, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tiles)
+    folder = str(folder_of("qwen3"))
+    for dtype, ours in ("bfloat16", not tiles), ("float32", True):
+        model, _ = fast.load(folder, "cpu", dtype, compile=True)
+        assert bool(model.step.layers) == ours
+
+
 def test_where_they_cannot_be_used_a_line_says_so(folder_of, monkeypatch, capsys):
     folder, begins = str(folder_of("qwen2")), "products in C++ cannot be used here, PyTorch's are ("
 
-    def said():
-        model, _ = fast.load(folder, "cpu", "float32", compile=True)
+    def said(dtype="float32", quantize=None):
+        model, _ = fast.load(folder, "cpu", dtype, quantize, compile=True)
         assert model.step.layers == []
         (line,) = (x for x in capsys.readouterr().err.splitlines() if x.startswith("products"))
         assert line.startswith(begins) and line.endswith(")")
         return line.removeprefix(begins)
 
+    assert said("float16", "int8").startswith("ValueError: none for torch.float16")
     with monkeypatch.context() as patch:
-        wrong = products.build()[0], lambda x, panels, bias, N: x[:, :N]
-        patch.setattr(products, "build", lambda: wrong)
+        patch.setattr(products.Panels, "forward", lambda self, x: x[:, :100])
         assert said().startswith("ArithmeticError: a product in float32 is off by")
-    monkeypatch.setattr(native, "build", native.build.__wrapped__)  # which remembers nothing
-    monkeypatch.setattr(native, "FLAGS", ["-no-such-flag"])
+
+    def fails(*_, **__):
+        raise subprocess.CalledProcessError(1, "g++")
+
+    monkeypatch.setattr(native, "build", fails)
     assert said().startswith("CalledProcessError")
