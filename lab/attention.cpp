@@ -1,46 +1,40 @@
 // Attention of a decoding step on a CPU: one query per row, each over its own length.
 //
 // Flash-Decoding (Dao et al., 2023): positions in chunks over the threads, merged by their sums of
-// exponentials. lab/attention.py compiles it for a model's T (its numbers: float, or uint16_t for
-// bfloat16), G (query heads of a KV head) and WIDTH (of a head, a multiple of 8). Reading keys and
-// values once should be what limits it: the next ones are fetched while some are multiplied.
+// exponentials. lab/attention.py compiles it for a model's numbers (float or bfloat16), G (query
+// heads of a KV head) and WIDTH (of a head, a multiple of 8). Reading keys and values once should
+// be what limits it: the next ones are fetched while some are multiplied.
 
 #include <algorithm>
 #include <cmath>
-#include <cstdint>
-#include <cstring>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
-constexpr int CHUNK = 256;    // positions of a task, at any length: bits depend on no other row
-constexpr int ROWS = 8;       // positions at once, as many as a vector has numbers
-constexpr int D = WIDTH / 8;  // vectors of a head
-typedef float vec __attribute__((vector_size(32)));
-typedef uint16_t half __attribute__((vector_size(16)));
-typedef int32_t word __attribute__((vector_size(32)));
+#define NARROW (WIDTH % 32)
+#include "vectors.h"
 
-static inline vec load(const float* x) {
-    vec y;
-    memcpy(&y, x, sizeof y);
-    return y;
-}
+constexpr int CHUNK = 256;  // positions of a task, at any length: bits depend on no other row
+constexpr int AHEAD = V * sizeof(float) / sizeof(X);  // positions that are fetched so early
+typedef int32_t word __attribute__((vector_size(4 * V)));
 
-static inline vec load(const uint16_t* x) {  // bfloat16: the upper half of a float
-    half y;
-    memcpy(&y, x, sizeof y);
-    return (vec)(__builtin_convertvector(y, word) << 16);
-}
+#ifdef __clang__
+#define SHUFFLED(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLED(a, b, ...) __builtin_shuffle(a, b, word{__VA_ARGS__})
+#endif
 
-static inline void store(float* x, vec y) { memcpy(x, &y, sizeof y); }
-static inline void store(float* x, float y) { *x = y; }
-
-static inline void store(uint16_t* x, float y) {
-    uint32_t bits;
-    memcpy(&bits, &y, sizeof y);
-    *x = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;  // to the nearest, ties to even
-}
-
-static inline float sum(vec x) {
-    return ((x[0] + x[4]) + (x[1] + x[5])) + ((x[2] + x[6]) + (x[3] + x[7]));
+// The sums of n vectors, a power of 2: in place i that of x[i % n], once n is V.
+template <int n = V>
+static inline vec sums(const vec* x) {
+    if constexpr (n == 1) return x[0];
+    else {
+        vec a = sums<n / 2>(x), b = sums<n / 2>(x + n / 2);
+        return [&]<int... i>(std::integer_sequence<int, i...>) {
+            return SHUFFLED(a, b, (i & n / 2 ? V + i : i)...) +
+                   SHUFFLED(a, b, (i & n / 2 ? V + i : i) ^ n / 2 ...);
+        }(std::make_integer_sequence<int, V>());
+    }
 }
 
 // e^x for x <= 0, to float32's last digit or two: 2^n e^f, e^f by its series; at least e^-87.
@@ -53,67 +47,101 @@ static inline vec exponential(vec x) {
     return p * (vec)(__builtin_convertvector(n + 127, word) << 23);
 }
 
-// The first n of ROWS rows as floats, the others 0: where they are, or copied into `room`.
-static inline const float* rows(const T* x, int n, float* room) {
-    if (sizeof(T) == sizeof(float) && n >= ROWS) return (const float*)x;
-    for (int i = 0; i < ROWS * D; i++) store(room + i * 8, i < n * D ? load(x + i * 8) : vec{});
+// The first n of V rows as they are multiplied, the others 0: where they are, or in `room`.
+static inline const Y* rows(const X* x, int n, Y* room) {
+    if constexpr (std::is_same_v<X, Y>) {
+        if (n >= V) return (const Y*)x;
+        memcpy(room, x, n * WIDTH * sizeof(Y));
+    } else
+        for (int i = 0; i < std::min(n, V) * WIDTH; i++) room[i] = number(x[i]);
+    for (int i = n * WIDTH; i < V * WIDTH; i++) room[i] = 0;
     return room;
 }
 
-// Have a part of the next rows fetched from memory with each query head.
-static inline void fetch(const T* next, int g) {
-    constexpr int lines = ROWS * WIDTH * sizeof(T) / 64;
+// V rows, P by P: [V, WIDTH] -> [V / P, WIDTH, P].
+static inline const Y* panel(const Y* x, [[maybe_unused]] Y* room) {
+#if PAIRS
+    uint16_t low[2 * V], high[2 * V];
+    for (int i = 0; i < 2 * V; i++) low[i] = i / 2 + i % 2 * 2 * V, high[i] = low[i] + V;
+    for (int j = 0; j < V; j += 2)
+        for (int d = 0; d < WIDTH; d += 2 * V) {
+            const Y* row = x + j * WIDTH + d;
+            auto a = load<__m512i>(row), b = load<__m512i>(row + WIDTH);
+            auto left = _mm512_permutex2var_epi16(a, load<__m512i>(low), b);
+            auto right = _mm512_permutex2var_epi16(a, load<__m512i>(high), b);
+            memcpy(room + j * WIDTH + d * 2, &left, sizeof left);
+            memcpy(room + j * WIDTH + d * 2 + 2 * V, &right, sizeof right);
+        }
+    return room;
+#else
+    return x;
+#endif
+}
+
+// Have a part of V rows fetched from memory with each query head.
+static inline void fetch(const X* next, int g) {
+    constexpr int lines = V * WIDTH * sizeof(X) / 64;
     for (int i = g * lines / G; i < (g + 1) * lines / G; i++)
         __builtin_prefetch((const char*)next + i * 64);
 }
 
 // q [G, WIDTH] over k, v [n, WIDTH] -> out [G, WIDTH], and lse [G], the logarithms of the sums.
-static void attend_chunk(const T* q, const T* k, const T* v, int n, float* out, float* lse) {
-    float s[G][CHUNK], room[ROWS * WIDTH];
-    vec x[G][D], y[G][D] = {};
-    for (int g = 0; g < G; g++)
-        for (int d = 0; d < D; d++) x[g][d] = load(q + g * WIDTH + d * 8) / sqrtf(WIDTH);
-    for (int i = 0; i < n; i += ROWS) {
-        const float* tile = rows(k + i * WIDTH, n - i, room);
+static void attend_chunk(const X* q, const X* k, const X* v, int n, float* out, float* lse) {
+    float s[G][CHUNK], whole[G] = {};
+    Y x[G * WIDTH], p[G][CHUNK], room[V * WIDTH], pairs[V * WIDTH];
+    vec y[G][WIDTH / V] = {}, place;
+    for (int i = 0; i < V; i++) place[i] = i;
+    for (int i = 0; i < G * WIDTH; i++) x[i] = std::is_same_v<X, Y> ? q[i] : number(q[i]);
+    for (int i = 0; i < n; i += V) {
+        const Y* tile = rows(k + i * WIDTH, n - i, room);
         for (int g = 0; g < G; g++) {
-            fetch(k + (i + ROWS) * WIDTH, g);
-            vec dot[ROWS] = {};
-            for (int d = 0; d < D; d++)
-                for (int j = 0; j < ROWS; j++) dot[j] += x[g][d] * load(tile + j * WIDTH + d * 8);
-            for (int j = 0; j < ROWS; j++) s[g][i + j] = i + j < n ? sum(dot[j]) : -INFINITY;
+            fetch(k + (i + AHEAD) * WIDTH, g);
+            vec dot[V] = {};
+            for (int d = 0; d < WIDTH; d += V * P) {
+                vector z = load<vector>(x + g * WIDTH + d);
+                for (int j = 0; j < V; j++)
+                    dot[j] = add(dot[j], z, load<vector>(tile + j * WIDTH + d));
+            }
+            vec score = sums(dot) / sqrtf(WIDTH);
+            score = place < float(n - i) ? score : vec{} - INFINITY;
+            memcpy(s[g] + i, &score, sizeof score);
         }
     }
     for (int g = 0; g < G; g++) {
-        vec most = load(s[g]), total = {};
-        for (int i = 8; i < n; i += 8) {
-            vec z = load(s[g] + i);
-            most = z > most ? z : most;
+        vec largest = load<vec>(s[g]), total = {};
+        for (int i = V; i < n; i += V) {
+            vec z = load<vec>(s[g] + i);
+            largest = z > largest ? z : largest;
         }
-        float m = *std::max_element((float*)&most, (float*)&most + 8);
-        for (int i = 0; i < n; i += 8) {
-            vec p = exponential(load(s[g] + i) - m);
-            total += p;
-            store(s[g] + i, p);
+        float most = *std::max_element((float*)&largest, (float*)&largest + V);
+        for (int i = 0; i < n; i += V) {
+            vec e = exponential(load<vec>(s[g] + i) - most);
+            total += e;
+            memcpy(s[g] + i, &e, sizeof e);
         }
-        float whole = sum(total);
-        lse[g] = m + logf(whole);
-        for (int i = 0; i < n; i++) s[g][i] /= whole;
+        for (int i = 0; i < CHUNK; i++) store(p[g] + i, i < n ? s[g][i] : 0);
+        for (int i = 0; i < V; i++) whole[g] += total[i];
+        lse[g] = most + logf(whole[g]);
     }
-    for (int i = 0; i < n; i += ROWS) {
-        const float* tile = rows(v + i * WIDTH, n - i, room);
+    for (int i = 0; i < n; i += V) {
+        const Y* tile = panel(rows(v + i * WIDTH, n - i, room), pairs);
         for (int g = 0; g < G; g++) {
-            fetch(v + (i + ROWS) * WIDTH, g);
-            for (int d = 0; d < D; d++)
-                for (int j = 0; j < ROWS; j++)
-                    y[g][d] += s[g][i + j] * load(tile + j * WIDTH + d * 8);
+            fetch(v + (i + AHEAD) * WIDTH, g);
+            for (int j = 0; j < V; j += P) {
+                vector z = all(p[g] + i + j);
+                for (int d = 0; d < WIDTH / V; d++)
+                    y[g][d] = add(y[g][d], z, load<vector>(tile + j * WIDTH + d * V * P));
+            }
         }
     }
+    for (int g = 0; g < G; g++)
+        for (int d = 0; d < WIDTH / V; d++) y[g][d] /= whole[g];
     memcpy(out, y, sizeof y);
 }
 
 // q, out [B, K, G, WIDTH]; keys, values [B, K, ., WIDTH], with the strides of a row and of a head;
 // last [B] < S, the last position that each row sees.
-extern "C" void run(const T* q, const T* keys, const T* values, const int64_t* last, T* out,
+extern "C" void run(const X* q, const X* keys, const X* values, const int64_t* last, X* out,
                     int64_t B, int64_t K, int64_t S, int64_t row, int64_t head, int threads) {
     int64_t chunks = (S + CHUNK - 1) / CHUNK;
     static thread_local std::vector<float> parts, lse;  // [B, K, chunks, G, WIDTH], [.., G]

@@ -19,7 +19,7 @@ def build(dtype: torch.dtype, G: int, h: int) -> Callable:
     """
     if dtype not in native.NUMBERS or h % 8:
         raise ValueError(f"none for {dtype} and heads of width {h}")
-    _, kernel = native.build("attention", T=native.NUMBERS[dtype], G=G, WIDTH=h)
+    _, kernel = native.build("attention", BFLOAT16=int(dtype == torch.bfloat16), G=G, WIDTH=h)
 
     def attend(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, S: int) -> Tensor:
         """KVCache.attend for one query per row, [B, 1, H, h] -> [B, 1, H, h]; sums are float32.

@@ -21,7 +21,7 @@ SHAPES = {  # operation -> the shape of what it gives
     "attend_on_cpu": lambda q, *_: q.new_empty(q.shape),
     "multiply_on_cpu": lambda x, w, scale, bias, N, kernel: x.new_empty(*x.shape[:-1], N),
 }
-NUMBERS = {torch.float32: "float", torch.bfloat16: "uint16_t"}  # as they are called in C++
+NUMBERS = {torch.float32: "float", torch.bfloat16: "uint16_t"}  # as C++ has them
 
 
 @cache
@@ -53,12 +53,13 @@ def compiled(name: str, *options: str) -> ctypes.CDLL:
     from torch._inductor.codecache import cache_dir
     from torch._inductor.cpp_builder import get_cpp_compiler
 
-    source = Path(__file__).with_name(f"{name}.cpp")
+    source, header = (Path(__file__).with_name(x) for x in (f"{name}.cpp", "vectors.h"))
     command = [get_cpp_compiler(), *FLAGS, source, *options]
     run = partial(subprocess.run, check=True, capture_output=True)
     # What the compiler defines tells its version, and what the processor can.
     told = run([command[0], "-march=native", "-dM", "-E", "-x", "c++", os.devnull]).stdout
-    key = repr((told, source.read_text(), command, torch.__version__)).encode()
+    texts = source.read_text(), header.read_text()
+    key = repr((told, texts, command, torch.__version__)).encode()
     library = Path(cache_dir(), "lab", f"{name}-{hashlib.sha256(key).hexdigest()}.so")
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)

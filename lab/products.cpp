@@ -1,65 +1,23 @@
 // x Wᵀ of a decoding step on a CPU: few rows x, and a weight W that should be read only once.
 //
-// lab/products.py compiles it for rows in float or bfloat16 (BFLOAT16), and for a weight of T: the
-// same (bfloat16 is uint16_t here), or int8_t with a scale for each of its rows. The weight lies in
-// panels of COLUMNS of its rows, one k after another, or one pair of k's after another where the
-// processor multiplies bfloat16 in pairs: it is read as it lies. DEPTH of these steps of a panel
-// stay in the cache until all rows are done with them, ROWS at a time, whose sums stay in
-// registers; meanwhile the next are fetched. A sum goes from the first k to the last: it does not
-// depend on how many other rows or threads there are.
+// lab/products.py compiles it for rows in float or bfloat16, and for a weight of T: the same, or
+// int8_t with a scale for each of its rows. The weight lies in panels of COLUMNS of its rows, one k
+// after another, or one pair of k's after another where the processor multiplies bfloat16 in pairs:
+// it is read as it lies. DEPTH of these steps of a panel stay in the cache until all rows are done
+// with them, ROWS at a time, whose sums stay in registers; meanwhile the next are fetched. A sum
+// goes from the first k to the last, however many other rows or threads there are.
 
 #include <algorithm>
-#include <cstdint>
-#include <cstring>
 #include <type_traits>
 #include <vector>
 
-#if __AVX512F__
-constexpr int V = 16, ROWS = 12;  // numbers of a vector; rows whose sums fill the registers
-#else
-constexpr int V = 8, ROWS = 6;
-#endif
-typedef float vec __attribute__((vector_size(4 * V)));
+#include "vectors.h"
 
-template <typename Y>
-static inline Y load(const void* x) {
-    Y y;
-    memcpy(&y, x, sizeof y);
-    return y;
-}
+constexpr int ROWS = V == 16 ? 12 : 6;  // whose sums fill the registers
+constexpr int COLUMNS = 2 * V, STEP = COLUMNS * P, DEPTH = 16384 / (STEP * sizeof(Y));
+constexpr int MOST = 8 * ROWS, LINE = 64;  // of the cache, in bytes
 
-#if BFLOAT16
-typedef uint16_t X;  // a number of the rows
-#else
-typedef float X;
-#endif
-
-static inline float number(float x) { return x; }
-static inline float number(int8_t x) { return x; }
-static inline float number(uint16_t x) {  // bfloat16: the upper half of a float
-    uint32_t bits = x << 16;
-    return load<float>(&bits);
-}
-
-static inline void store(float* x, float y) { *x = y; }
-static inline void store(uint16_t* x, float y) {
-    uint32_t bits = load<uint32_t>(&y);
-    *x = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;  // to the nearest, ties to even
-}
-
-// What is multiplied at once: `step` of a row and `vector` of V columns, of P numbers Y each. Other
-// numbers are converted, exactly.
-#if BFLOAT16 && __AVX512BF16__
-#include <immintrin.h>
-constexpr int P = 2;
-typedef uint16_t Y;
-typedef uint32_t step;
-typedef __m512bh vector;
-
-static inline vec add(vec sum, step x, vector w) {
-    return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(x), w);
-}
-
+#if PAIRS
 static inline __m512 floats(const int8_t* x) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load<__m128i>(x)));
 }
@@ -67,26 +25,18 @@ static inline __m512 floats(const int8_t* x) {
 // GCC, left to itself, takes twice as long.
 static void convert(const int8_t* x, int64_t n, Y* y) {
     for (int64_t i = 0; i < n; i += 32) {
-        __m512bh both = _mm512_cvtne2ps_pbh(floats(x + i + 16), floats(x + i));
+        vector both = _mm512_cvtne2ps_pbh(floats(x + i + 16), floats(x + i));
         memcpy(y + i, &both, sizeof both);
     }
 }
 #else
-constexpr int P = 1;
-typedef float Y, step;
-typedef vec vector;
-
-static inline vec add(vec sum, step x, vector w) { return sum + x * w; }
-
 template <typename From>
 static void convert(const From* x, int64_t n, Y* y) {
     for (int64_t i = 0; i < n; i++) y[i] = number(x[i]);
 }
 #endif
 
-constexpr int COLUMNS = 2 * V, STEP = COLUMNS * P, DEPTH = 16384 / (STEP * sizeof(Y));
-constexpr int MOST = 8 * ROWS, LINE = 64;  // of the cache, in bytes
-
+// The numbers as they are multiplied: where they are, or converted, exactly, into `room`.
 template <typename From>
 static const Y* converted(const From* x, int64_t n, Y* room) {
     if constexpr (std::is_same_v<From, Y>) return x;
@@ -108,7 +58,7 @@ static void block(const Y* x, int64_t K, const Y* w, int n, float* y, const char
         if (M > 1) __builtin_prefetch(next);  // one row is read as fast without
         if (M > 1 && stride > LINE) __builtin_prefetch(next + LINE);
         for (int m = 0; m < M; m++) {
-            step z = load<step>(x + m * K + k * P);
+            vector z = all(x + m * K + k * P);
             a[m] = add(a[m], z, left), b[m] = add(b[m], z, right);
         }
     }

@@ -144,7 +144,7 @@ def test_to_a_compiled_step_it_is_one_operation(folder_of, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore")  # of PyTorch's own
 def test_the_operation_tells_pytorch_the_truth_about_itself():
-    _, kernel = native.build("attention", T="float", G=1, WIDTH=8)
+    _, kernel = native.build("attention", BFLOAT16=0, G=1, WIDTH=8)
     arguments = *drawn(1, 1, 8, "float32"), positions_of(LAST), 700, kernel
     kinds = ("test_schema", "test_faketensor")  # it has no gradient
     torch.library.opcheck(torch.ops.lab.attend_on_cpu.default, arguments, test_utils=kinds)

@@ -100,7 +100,8 @@ def test_a_file_of_lab_is_short(path):
 
 @pytest.mark.parametrize("folder", [".", "lab", "baselines", "tiny", "tests"])
 def test_lines_have_at_most_100_columns(folder):
-    paths = [path for kind in ("*.py", "*.cpp") for path in sorted((ROOT / folder).glob(kind))]
+    kinds = "*.py", "*.cpp", "*.h"
+    paths = [path for kind in kinds for path in sorted((ROOT / folder).glob(kind))]
     places = [(path.name, i) for path in paths for i, x in enumerate(lines_of(path), 1)]
     texts = [text for path in paths for text in lines_of(path)]
     assert [place for place, text in zip(places, texts) if len(text) > 100] == []

@@ -33,6 +33,7 @@ def test_a_library_is_compiled_once_for_its_options(compilations, tmp_path):
 
 def test_a_changed_file_is_compiled_anew(compilations, tmp_path, monkeypatch):
     monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
+    (tmp_path / "vectors.h").touch()
     for number in 1, 1, 2:
         code = f'extern "C" const int number = {number};'
         (tmp_path / "own.cpp").write_text(code)
@@ -43,6 +44,7 @@ def test_a_changed_file_is_compiled_anew(compilations, tmp_path, monkeypatch):
 
 def test_what_does_not_compile_leaves_nothing(compilations, tmp_path, monkeypatch):
     monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
+    (tmp_path / "vectors.h").touch()
     (tmp_path / "own.cpp").write_text("no C++")
     with pytest.raises(subprocess.CalledProcessError):
         native.compiled("own")
