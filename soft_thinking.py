@@ -29,12 +29,12 @@ def truncated(
     H [B] in nats. K = top_k, or V where that is 0.
     """
     z = logits.float()
-    z = (z - z.amax(-1, keepdim=True)) / temperature
-    z = z.clamp_(min=-1e4)  # a masked token adds 0 to H, not NaN
+    z = (z - z.amax(-1, keepdim=True)).div_(temperature)
+    z.clamp_(min=-1e4)  # a masked token adds 0 to H, not NaN
     p = torch.softmax(z, dim=-1)
     # H(p) = -sum p log p, and log p = z + log max p, since max z = 0: no logarithm per token. One
     # row is summed as two: a single one is summed in another order.
-    H = -p.amax(-1).log() - (p * z).expand(max(2, len(z)), -1).sum(-1)[: len(z)]
+    H = -p.amax(-1).log() - z.mul_(p).expand(max(2, len(z)), -1).sum(-1)[: len(z)]
     p, ids = p.topk(min(top_k or p.shape[-1], p.shape[-1]))
     p = renormalised(p)
     if top_p < 1:  # a token stays if those before it do not reach the mass
