@@ -49,11 +49,8 @@ static inline vec exponential(vec x) {
 
 // The first n of V rows as they are multiplied, the others 0: where they are, or in `room`.
 static inline const Y* rows(const X* x, int n, Y* room) {
-    if constexpr (std::is_same_v<X, Y>) {
-        if (n >= V) return (const Y*)x;
-        memcpy(room, x, n * WIDTH * sizeof(Y));
-    } else
-        for (int i = 0; i < std::min(n, V) * WIDTH; i++) room[i] = number(x[i]);
+    if (std::is_same_v<X, Y> && n >= V) return (const Y*)x;
+    for (int i = 0; i < std::min(n, V) * WIDTH; i++) room[i] = factor(x[i]);
     for (int i = n * WIDTH; i < V * WIDTH; i++) room[i] = 0;
     return room;
 }
@@ -91,7 +88,7 @@ static void attend_chunk(const X* q, const X* k, const X* v, int n, float* out, 
     Y x[G * WIDTH], p[G][CHUNK], room[V * WIDTH], pairs[V * WIDTH];
     vec y[G][WIDTH / V] = {}, place;
     for (int i = 0; i < V; i++) place[i] = i;
-    for (int i = 0; i < G * WIDTH; i++) x[i] = std::is_same_v<X, Y> ? q[i] : number(q[i]);
+    for (int i = 0; i < G * WIDTH; i++) x[i] = factor(q[i]);
     for (int i = 0; i < n; i += V) {
         const Y* tile = rows(k + i * WIDTH, n - i, room);
         for (int g = 0; g < G; g++) {

@@ -35,10 +35,10 @@ def load(
     """As model.load, fast.
 
     quantize: "int8" keeps the matrices, but not the embeddings, in 8 bits: half the bytes of
-    bfloat16; not for training. compile: decoding is compiled by Inductor, which takes about a
-    minute at the first step, and a C++ compiler on a CPU. place: this process's among those that
-    hold the model between them. Raises UserError for whatever the user can fix, before memory is
-    asked for.
+    bfloat16; not for training. compile: decoding is compiled by Inductor, for which a CPU needs a
+    C++ compiler; it takes a minute or two at the first step, and seconds where Inductor's cache has
+    it. place: this process's among those that hold the model between them. Raises UserError for
+    whatever the user can fix, before memory is asked for.
     """
     N = place.parts if place else 1
     if quantize not in (None, "int8"):
@@ -46,7 +46,8 @@ def load(
     device, dtype = checkpoint.choose(device, dtype)
     if compile and N > 1:
         raise UserError("--compile is for a model on one device: leave it out")
-    if compile and device.type == "cpu":
+    in_cpp = compile and device.type == "cpu"
+    if in_cpp:
         checkpoint.check_compiler()
     folder = checkpoint.find_folder(name)
     config = checkpoint.check_config(folder)
@@ -54,7 +55,7 @@ def load(
     checkpoint.check_memory(needed, device, dtype, quantize)
     # For the weights, packed ones beside them, and the constants of a compiled step.
     spare = checkpoint.free_memory(device) - (3 + compile) * needed
-    pack = not quantize and packs(device, dtype) and spare > 0
+    pack = not quantize and (in_cpp or packs(device, dtype)) and spare > 0
     layer = Int8Linear if quantize else PackedLinear if pack else None
     read = partial(parallel.load, place=place) if N > 1 else plain.load
     with tqdm(desc="loading layers", total=config.layers, delay=1, leave=False) as bar:
@@ -79,11 +80,11 @@ def load(
         steps.use_kernels(model, [m for m in model.modules() if isinstance(m, Int8Linear)])
     if compile:
         model.step = steps.CompiledStep(model)
-        if device.type == "cpu":
-            steps.use_attention(model)
+    if in_cpp:
+        steps.use_attention(model)
         # AMX, which oneDNN uses, multiplies many rows of bfloat16 faster.
         tiles = dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
-        if quantize or pack and not tiles:
+        if spare > 0 and (quantize or pack and not tiles):
             layers = [m for m in model.modules() if isinstance(m, layer)]
             steps.use_products(model.step, layers, dtype)
     if N > 1:

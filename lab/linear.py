@@ -30,26 +30,26 @@ class PackedLinear(nn.Linear):
     """x [..., n] -> [..., m] on a CPU: in decoding with the weight laid out for oneDNN's product.
 
     PyTorch lays it out in every product otherwise, which takes longer than a product of few rows.
-    In float32 it pays for 2 to 256 rows, and for one on several threads (lab/SPEED.md). A compiled
-    step multiplies by `panels`, a products.Panels, where it has given it one.
+    In float32 it pays for 2 to 256 rows, and for one on several threads (lab/SPEED.md); in another
+    dtype where `packs` says so. A compiled step multiplies by `panels`, a products.Panels, where it
+    has given it one.
     """
 
     def __init__(self, linear: nn.Linear):
         super().__init__(1, 1, device="meta")
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
+        self.packs = packs(self.weight.device, self.weight.dtype)
         self.packed, self.version, self.panels = None, None, None
 
     def forward(self, x: Tensor) -> Tensor:
-        compiling = torch.compiler.is_compiling()
-        if compiling and self.panels is not None:
-            return self.panels(x)
-        # One made in inference mode does not tell when it changes.
-        if compiling or not torch.is_inference_mode_enabled() or self.weight.is_inference():
-            return F.linear(x, self.weight, self.bias)
+        if torch.compiler.is_compiling():
+            return F.linear(x, self.weight, self.bias) if self.panels is None else self.panels(x)
         rows = x.numel() // self.in_features
         few = rows <= 256 and (rows > 1 or torch.get_num_threads() > 1)
-        if x.dtype == torch.float32 and not few:
+        packs = self.packs and torch.is_inference_mode_enabled()
+        # A weight made in inference mode does not tell when it changes.
+        if not packs or self.weight.is_inference() or x.dtype == torch.float32 and not few:
             return F.linear(x, self.weight, self.bias)
         if self.version != self.weight._version:  # LoRA changes it between two decodings
             self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach())

@@ -32,7 +32,7 @@ static void convert(const int8_t* x, int64_t n, Y* y) {
 #else
 template <typename From>
 static void convert(const From* x, int64_t n, Y* y) {
-    for (int64_t i = 0; i < n; i++) y[i] = number(x[i]);
+    for (int64_t i = 0; i < n; i++) y[i] = factor(x[i]);
 }
 #endif
 

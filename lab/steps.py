@@ -4,6 +4,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
+from types import FunctionType, MethodType
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +30,13 @@ class CompiledStep:
         self.model, self.sizes = model, set()  # sizes: numbers of rows that it has had
         self.layers: list[nn.Module] = []  # those whose products are lab/products.cpp's
         self.onednn = multiplies_bfloat16(model.device, model.embed.weight.dtype)
-        self.one, self.stats = torch.compile(self.plain), torch._dynamo.utils.counters["stats"]
+        self.stats = torch._dynamo.utils.counters["stats"]
+        # To ask before each step whether any of the model's modules has changed takes a tenth of a
+        # step. Not asked, it needs code of its own: by its code Dynamo finds what it has compiled.
+        skip = getattr(torch.compiler, "skip_guard_on_all_nn_modules_unsafe", None)
+        own = FunctionType(CompiledStep.plain.__code__.replace(), globals())
+        options = {"guard_filter_fn": skip} if skip else None  # not in every torch
+        self.one = torch.compile(MethodType(own, self), options=options)
 
     def plain(self, x: Tensor, rotation: tuple, cache: KVCache) -> tuple[Tensor, Tensor]:
         hidden = self.model.run(x, rotation, cache)[:, 0]

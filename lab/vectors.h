@@ -45,6 +45,7 @@ static inline void store(uint16_t* x, float y) {
 constexpr int P = 2;
 typedef uint16_t Y;
 typedef __m512bh vector;  // [V, P]
+static inline Y factor(X x) { return x; }
 static inline vec add(vec sum, vector x, vector y) {
     return (vec)_mm512_dpbf16_ps((__m512)sum, x, y);
 }
@@ -53,6 +54,8 @@ static inline vector all(const Y* x) { return (vector)_mm512_set1_epi32(load<int
 constexpr int P = 1;
 typedef float Y;
 typedef vec vector;
+template <typename From>
+static inline Y factor(From x) { return number(x); }
 static inline vec add(vec sum, vector x, vector y) { return sum + x * y; }
 static inline vector all(const Y* x) { return *x - vec{}; }  // P of them, V times
 #endif

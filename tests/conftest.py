@@ -178,6 +178,9 @@ def compiled_whole(monkeypatch):
         graphs.append([str(node.target) for node in graph.graph.nodes])
         return graph
 
-    monkeypatch.setattr(torch, "compile", lambda f: compile(f, backend=backend, fullgraph=True))
+    def whole(function, options=None):
+        return compile(function, backend=backend, fullgraph=True)
+
+    monkeypatch.setattr(torch, "compile", whole)
     with torch._inductor.config.patch(freezing=False, max_autotune=False):
         yield graphs

@@ -188,12 +188,25 @@ def test_a_compiled_step_is_the_step(folder_of, capsys):
     assert capsys.readouterr().err.count("compiled the step for ") == 1
 
 
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+def test_what_was_compiled_for_a_model_is_not_taken_for_another(folder_of, tmp_path):
+    folder = folder_of("qwen3")
+    other = Path(shutil.copytree(folder, tmp_path / "other"))
+    edit(other, rms_norm_eps=0.5)  # their tensors are the same
+    found = []
+    for path, compile in (folder, True), (other, True), (folder, False), (other, False):
+        model, _ = load(str(path), "cpu", "float32", compile=compile)
+        found.append(run(model, 1, [0])[1][0])
+    assert close(found[0], found[2], 1e-5) and close(found[1], found[3], 1e-5)
+    assert not close(found[2], found[3], 1e-2)
+
+
 @pytest.mark.parametrize("native", [True, False])
 def test_several_rows_are_onednn_s_where_the_processor_multiplies_the_dtype(
     native, folder_of, monkeypatch
 ):
     monkeypatch.setattr(steps, "multiplies_bfloat16", lambda device, dtype: native)
-    monkeypatch.setattr(torch, "compile", lambda function: function)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     model, _ = M.load(str(folder_of("qwen3")), "cpu", "float32")
     with torch._inductor.config.patch(freezing=False, max_autotune=False):  # as it was, afterwards
         step, own = steps.CompiledStep(model), []
@@ -210,7 +223,9 @@ def test_a_step_of_8_bits_is_compiled_whole(rows, folder_of, monkeypatch):
     """In pieces, Inductor with freezing took one layer's weights for another's."""
     model, _ = load(str(folder_of("qwen2")), "cpu", "float32", "int8")
     expected, compile = run(model, rows, range(3))[1], torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f: compile(f, backend="eager", fullgraph=True))
+    monkeypatch.setattr(
+        torch, "compile", lambda f, **_: compile(f, backend="eager", fullgraph=True)
+    )
     with torch._inductor.config.patch(freezing=False, max_autotune=False):
         model.step = steps.CompiledStep(model)
         found = run(model, rows, range(3))[1]

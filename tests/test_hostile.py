@@ -112,7 +112,7 @@ def test_a_compiler_that_fails_is_a_line(folder_of, monkeypatch):
     def fails(*_):
         raise RuntimeError("CppCompileError: C++ compile error\nand its output")
 
-    monkeypatch.setattr(torch, "compile", lambda function: fails)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: fails)
     model, _ = load(str(folder_of("qwen3")), "cpu", "float32")
     cache = KVCache(model, 1, 8)
     cache.reserve(1)

@@ -10,7 +10,7 @@ from conftest import close, compiled_whole
 from test_attention import logits_of
 from torch import nn
 
-from lab import fast, linear, native, products
+from lab import checkpoint, fast, linear, native, products
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
 SHAPES = [(1, 1), (16, 256), (33, 257), (100, 700)]  # [N, K]: of panels and blocks, full or not
@@ -121,10 +121,6 @@ def test_in_a_compiled_step_all_products_are_these(
     assert "products" not in capsys.readouterr().err
 
 
-@pytest.mark.skipif(
-    not linear.packs(torch.device("cpu"), torch.bfloat16),
-    reason="this processor has no bfloat16 instructions",
-)
 @pytest.mark.parametrize("tiles", [False, True])
 def test_bfloat16_is_left_to_onednn_where_it_has_tiles(tiles, folder_of, monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tiles)
@@ -132,6 +128,17 @@ def test_bfloat16_is_left_to_onednn_where_it_has_tiles(tiles, folder_of, monkeyp
     for dtype, ours in ("bfloat16", not tiles), ("float32", True):
         model, _ = fast.load(folder, "cpu", dtype, compile=True)
         assert bool(model.step.layers) == ours
+
+
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_where_a_second_copy_of_the_weights_has_no_room_there_is_none(
+    quantize, folder_of, monkeypatch, capsys
+):
+    folder = folder_of("qwen3")
+    needed = fast.weight_bytes(checkpoint.check_config(folder), torch.float32, quantize)
+    monkeypatch.setattr(checkpoint, "free_memory", lambda device: 2 * needed)
+    model, _ = fast.load(str(folder), "cpu", "float32", quantize, compile=True)
+    assert model.step.layers == [] and "products" not in capsys.readouterr().err
 
 
 def test_where_they_cannot_be_used_a_line_says_so(folder_of, monkeypatch, capsys):
