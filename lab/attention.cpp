@@ -15,7 +15,7 @@
 #include "vectors.h"
 
 constexpr int CHUNK = 256;  // positions of a task, at any length: bits depend on no other row
-constexpr int AHEAD = V * sizeof(float) / sizeof(X);  // positions that are fetched so early
+constexpr int AHEAD = V * sizeof(float) / sizeof(X);  // positions between fetching and use
 typedef int32_t word __attribute__((vector_size(4 * V)));
 
 #ifdef __clang__

@@ -24,6 +24,7 @@ def build(dtype: torch.dtype, G: int, h: int) -> Callable:
     def attend(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, S: int) -> Tensor:
         """KVCache.attend for one query per row, [B, 1, H, h] -> [B, 1, H, h]; sums are float32.
 
+        Where the processor multiplies bfloat16 in pairs, a softmax's weights are rounded to it.
         keys, values [B, K, capacity, h], of strides alike; positions, LongTensor [B, 1] < S: the
         last one that each row sees.
         """

@@ -36,9 +36,10 @@ def load(
 
     quantize: "int8" keeps the matrices, but not the embeddings, in 8 bits: half the bytes of
     bfloat16; not for training. compile: decoding is compiled by Inductor, for which a CPU needs a
-    C++ compiler; it takes a minute or two at the first step, and seconds where Inductor's cache has
-    it. place: this process's among those that hold the model between them. Raises UserError for
-    whatever the user can fix, before memory is asked for.
+    C++ compiler. It takes a minute or two at the first step, and seconds if Inductor's cache has
+    it, which needs products in C++ (lab/products.py). place: this process's among those that hold
+    the model between them. Raises UserError for whatever the user can fix, before memory is asked
+    for.
     """
     N = place.parts if place else 1
     if quantize not in (None, "int8"):
@@ -46,16 +47,17 @@ def load(
     device, dtype = checkpoint.choose(device, dtype)
     if compile and N > 1:
         raise UserError("--compile is for a model on one device: leave it out")
-    in_cpp = compile and device.type == "cpu"
-    if in_cpp:
+    on_cpu = compile and device.type == "cpu"
+    if on_cpu:
         checkpoint.check_compiler()
     folder = checkpoint.find_folder(name)
     config = checkpoint.check_config(folder)
     needed = weight_bytes(config, dtype, quantize, N)
     checkpoint.check_memory(needed, device, dtype, quantize)
-    # For the weights, packed ones beside them, and the constants of a compiled step.
-    spare = checkpoint.free_memory(device) - (3 + compile) * needed
-    pack = not quantize and (in_cpp or packs(device, dtype)) and spare > 0
+    # The weights, oneDNN's copy, a compiled step's copy, and one to spare.
+    copies = (1 if quantize else 2) + compile
+    spare = checkpoint.free_memory(device) - (copies + 1) * needed
+    pack = not quantize and (on_cpu or packs(device, dtype)) and spare > 0
     layer = Int8Linear if quantize else PackedLinear if pack else None
     read = partial(parallel.load, place=place) if N > 1 else plain.load
     with tqdm(desc="loading layers", total=config.layers, delay=1, leave=False) as bar:
@@ -80,7 +82,7 @@ def load(
         steps.use_kernels(model, [m for m in model.modules() if isinstance(m, Int8Linear)])
     if compile:
         model.step = steps.CompiledStep(model)
-    if in_cpp:
+    if on_cpu:
         steps.use_attention(model)
         # AMX, which oneDNN uses, multiplies many rows of bfloat16 faster.
         tiles = dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()

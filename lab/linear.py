@@ -31,8 +31,8 @@ class PackedLinear(nn.Linear):
 
     PyTorch lays it out in every product otherwise, which takes longer than a product of few rows.
     In float32 it pays for 2 to 256 rows, and for one on several threads (lab/SPEED.md); in another
-    dtype where `packs` says so. A compiled step multiplies by `panels`, a products.Panels, where it
-    has given it one.
+    dtype where `packs` says so. In a compiled step `panels` (products.Panels) multiply, once
+    steps.CompiledStep has made them.
     """
 
     def __init__(self, linear: nn.Linear):
@@ -91,7 +91,7 @@ class Int8Linear(nn.Module):
             return self.panels(x)
         if self.product and constant and x.numel() <= 64 * row:
             return self.product(x, self.weight, self.scale, self.bias)
-        # PyTorch's own reads beyond its rows where these are no multiples of 16.
+        # PyTorch's kernel takes 16 numbers at once, and reads beyond rows that end in between.
         if x.device.type == "cpu" and constant and x.numel() <= 24 * row and row % 16 == 0:
             rows = x.reshape(-1, x.shape[-1])
             y = torch._weight_int8pack_mm(rows, self.weight, self.scale).view(*x.shape[:-1], -1)

@@ -19,6 +19,7 @@ extern "C" int64_t keep(void* kernel) {
 
 static Tensor attend(const Tensor& query, const Tensor& keys, const Tensor& values,
                      const Tensor& positions, int64_t S, int64_t kernel) {
+    TORCH_CHECK(keys.scalar_type() == query.scalar_type());
     Tensor q = query.contiguous(), out = at::empty_like(q);
     auto run = (void (*)(const void*, const void*, const void*, const int64_t*, void*, int64_t,
                          int64_t, int64_t, int64_t, int64_t, int))kernels[kernel];
@@ -30,6 +31,7 @@ static Tensor attend(const Tensor& query, const Tensor& keys, const Tensor& valu
 
 static Tensor multiply(const Tensor& rows, const Tensor& panels, const std::optional<Tensor>& scale,
                        const std::optional<Tensor>& bias, int64_t N, int64_t kernel) {
+    TORCH_CHECK((scale ? *scale : panels).scalar_type() == rows.scalar_type());
     Tensor x = rows.contiguous();
     auto sizes = x.sizes().vec();
     int64_t K = sizes.back();

@@ -28,8 +28,8 @@ NUMBERS = {torch.float32: "float", torch.bfloat16: "uint16_t"}  # as C++ has the
 def build(name: str, **sizes: str | int) -> tuple[ctypes.CDLL, int]:
     """The library of lab/{name}.cpp for these sizes, and the number that torch.ops.lab knows it by.
 
-    CalledProcessError where it does not compile, which takes a second or two, and ten before the
-    first: once, since Inductor's cache keeps it.
+    CalledProcessError where it does not compile. That takes a second or two, and for native.cpp ten
+    more; Inductor's cache keeps both.
     """
     kernel = compiled(name, "-march=native", *(f"-D{k}={v}" for k, v in sizes.items()))
     return kernel, operations().keep(kernel.run)

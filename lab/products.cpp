@@ -13,16 +13,17 @@
 
 #include "vectors.h"
 
-constexpr int ROWS = V == 16 ? 12 : 6;  // whose sums fill the registers
+constexpr int ROWS = V == 16 ? 12 : 6;  // rows whose sums fill the registers
 constexpr int COLUMNS = 2 * V, STEP = COLUMNS * P, DEPTH = 16384 / (STEP * sizeof(Y));
-constexpr int MOST = 8 * ROWS, LINE = 64;  // of the cache, in bytes
+constexpr int MOST = 8 * ROWS;  // rows that are summed at once
+constexpr int LINE = 64;        // bytes of a cache line
 
 #if PAIRS
 static inline __m512 floats(const int8_t* x) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load<__m128i>(x)));
 }
 
-// GCC, left to itself, takes twice as long.
+// By hand: GCC's code for the loop below takes twice as long.
 static void convert(const int8_t* x, int64_t n, Y* y) {
     for (int64_t i = 0; i < n; i += 32) {
         vector both = _mm512_cvtne2ps_pbh(floats(x + i + 16), floats(x + i));
@@ -46,7 +47,8 @@ static const Y* converted(const From* x, int64_t n, Y* room) {
 
 extern "C" const int columns = COLUMNS, pairs = P;
 
-// y [M, COLUMNS] += x [M, n] w [n, COLUMNS], and lines of what comes next are fetched at each step.
+// y [M, COLUMNS] += x [M, n P] (rows K apart) times w [n, COLUMNS, P]. With each of the n steps
+// lines of what comes next are fetched.
 template <int M>
 static void block(const Y* x, int64_t K, const Y* w, int n, float* y, const char* next,
                   int stride) {

@@ -19,23 +19,35 @@ class CompiledStep:
 
     On a CPU it is compiled for one row and for several: twice at most. The weights are taken as
     they are at the first step, laid out for the products: a second copy. The products are
-    lab/products.cpp's (`use_products`), and Inductor's cache keeps the step; or else they are
-    Inductor's choice, with weights as constants, which its cache does not keep: its own in C++, but
-    oneDNN's for several rows where that has instructions for the dtype. Freezing (the constants)
-    and the choice of products are settings of Inductor itself: they hold for whatever the process
-    compiles next.
+    lab/products.cpp's (`use_products`), and Inductor's cache keeps the step. Else Inductor chooses:
+    its own C++, or oneDNN for several rows of a dtype that oneDNN has instructions for. The weights
+    are then constants, and the cache does not keep the step. Freezing (the constants) and the
+    choice of products are settings of Inductor itself: they hold for whatever the process compiles
+    next.
     """
 
     def __init__(self, model: Transformer):
         self.model, self.sizes = model, set()  # sizes: numbers of rows that it has had
         self.layers: list[nn.Module] = []  # those whose products are lab/products.cpp's
         self.onednn = multiplies_bfloat16(model.device, model.embed.weight.dtype)
-        self.stats = torch._dynamo.utils.counters["stats"]
-        # To ask before each step whether any of the model's modules has changed takes a tenth of a
-        # step. Not asked, it needs code of its own: by its code Dynamo finds what it has compiled.
+        self.one: Callable | None = None
+
+    def __getstate__(self) -> dict:  # a copy compiles for itself
+        return self.__dict__ | {"one": None, "sizes": set()}
+
+    def prepare(self) -> None:
+        """Lay the weights out, and have `plain` compiled when it is called.
+
+        Asking before each step whether a module of the model has changed takes a tenth of the step,
+        so these guards are skipped: a module that is changed later goes unnoticed. Dynamo finds
+        what it has compiled by a function's code; without the guards it would take one model's step
+        for another's, so that each has a copy of the code.
+        """
+        for layer in self.layers:
+            layer.panels = products.Panels(layer)
         skip = getattr(torch.compiler, "skip_guard_on_all_nn_modules_unsafe", None)
-        own = FunctionType(CompiledStep.plain.__code__.replace(), globals())
         options = {"guard_filter_fn": skip} if skip else None  # not in every torch
+        own = FunctionType(CompiledStep.plain.__code__.replace(), globals())
         self.one = torch.compile(MethodType(own, self), options=options)
 
     def plain(self, x: Tensor, rotation: tuple, cache: KVCache) -> tuple[Tensor, Tensor]:
@@ -46,9 +58,8 @@ class CompiledStep:
         x, rotation, B = embeds[:, None], self.model.rotation(*cache.advance(1)), len(embeds)
         if B in self.sizes:
             return self.one(x, rotation, cache)
-        if not self.sizes:
-            for layer in self.layers:
-                layer.panels = products.Panels(layer)
+        if not self.one:
+            self.prepare()
         kept = cache.keys + cache.values
         dynamic = [(cache.mask, 3), *((y, 2) for y in kept)]  # all lengths and capacities
         if x.device.type == "cpu":  # and all numbers of rows: which comes first decides no bit
@@ -59,7 +70,8 @@ class CompiledStep:
             inductor.max_autotune = theirs and (B == 1 or not self.onednn)
         for tensor, dim in dynamic:
             torch._dynamo.maybe_mark_dynamic(tensor, dim)
-        start, done = time.perf_counter(), self.stats["unique_graphs"]
+        stats = torch._dynamo.utils.counters["stats"]
+        start, done = time.perf_counter(), stats["unique_graphs"]
         try:
             out = self.one(x, rotation, cache)
         except torch.OutOfMemoryError:
@@ -69,7 +81,7 @@ class CompiledStep:
             raise UserError(f"compiling failed ({cause}): leave --compile out") from None
         self.sizes.add(B)
         took = time.perf_counter() - start
-        if self.stats["unique_graphs"] > done:
+        if stats["unique_graphs"] > done:
             print(f"compiled the step for {B} sequences in {took:.0f} s", file=sys.stderr)
         return out
 
@@ -113,7 +125,7 @@ def use_attention(model: Transformer) -> None:
 def use_products(step: CompiledStep, layers: list[nn.Module], dtype: torch.dtype) -> None:
     """Have a compiled step multiply by lab/products.cpp, if that computes what PyTorch does.
 
-    layers: all linear.PackedLinear, or all linear.Int8Linear. Else a line says why not.
+    Else a line says why not. layers: all linear.PackedLinear, or all linear.Int8Linear.
     """
     try:
         check_products(type(layers[0]), dtype)

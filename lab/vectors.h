@@ -1,5 +1,9 @@
-// Vectors of lab/attention.cpp and lab/products.cpp. Numbers are floats, or with BFLOAT16 floats'
-// upper halves. NARROW: vectors of 8, whatever the processor has.
+// Vectors of lab/attention.cpp and lab/products.cpp.
+//
+// X: a number of the model, float, or uint16_t for bfloat16 (BFLOAT16), the upper half of a float.
+// V: floats of a vector; NARROW keeps 8, where 16 do not divide the data.
+// Y: a number that is multiplied: bfloat16, in pairs (P = 2), where the processor has instructions
+// for it, else float (P = 1).
 
 #pragma once
 #include <cstdint>

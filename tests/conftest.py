@@ -21,6 +21,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported: kernels run on a CPU
 
 import model
+from lab import native
 from lab.steps import Recorder
 
 TEMPLATE = (
@@ -65,6 +66,21 @@ def folder_of(tmp_path):
         return folder
 
     return make
+
+
+# Vectors of one width and of twice that; without instructions for bfloat16, where there are some.
+PROCESSORS = [{"__AVX512F__": wide, "__AVX512BF16__": 0} for wide in (0, 1)] + [{}]
+
+
+@pytest.fixture
+def as_on(monkeypatch):
+    """as_on(processor): C++ is compiled as for one of PROCESSORS."""
+    build = native.build
+
+    def patch(processor):
+        monkeypatch.setattr(native, "build", lambda name, **kw: build(name, **kw, **processor))
+
+    return patch
 
 
 @pytest.fixture
@@ -179,7 +195,7 @@ def compiled_whole(monkeypatch):
         return graph
 
     def whole(function, options=None):
-        return compile(function, backend=backend, fullgraph=True)
+        return compile(function, backend=backend, fullgraph=True, options=options)
 
     monkeypatch.setattr(torch, "compile", whole)
     with torch._inductor.config.patch(freezing=False, max_autotune=False):

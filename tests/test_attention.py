@@ -7,7 +7,7 @@ import subprocess
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import close, compiled_whole
+from conftest import PROCESSORS, close, compiled_whole
 from test_decode import Greedy, greedy, prompts, same_bits
 
 from lab import attention, native, steps
@@ -66,16 +66,22 @@ def check_bits(attend, q, keys, values):
     assert torch.equal(again.flip(0), together)
 
 
+HEADS = [(1, 1, 8), (2, 3, 40), (2, 3, 96), (1, 2, 80), (1, 7, 128), (1, 8, 64)]
+
+
 @pytest.mark.parametrize("dtype", native.NUMBERS)
-@pytest.mark.parametrize("K, G, h", [(1, 1, 8), (2, 3, 96), (1, 7, 128), (1, 8, 64)])
-def test_attention_is_softmax_over_what_a_row_may_see(K, G, h, dtype):
+@pytest.mark.parametrize("processor", PROCESSORS)
+@pytest.mark.parametrize("K, G, h", HEADS)
+def test_attention_is_softmax_over_what_a_row_may_see(K, G, h, processor, dtype, as_on):
+    as_on(processor)
     attend, name = attention.build(dtype, G, h), str(dtype)[6:]
     check_exact(attend, *drawn(K, G, h, name))
 
 
 @pytest.mark.parametrize("dtype", native.NUMBERS)
-def test_a_rows_bits_depend_on_no_size_no_neighbour_and_no_number_of_threads(dtype):
-    attend, parts = attention.build(dtype, 3, 96), drawn(2, 3, 96, str(dtype)[6:])
+@pytest.mark.parametrize("h", [80, 96])
+def test_a_rows_bits_depend_on_no_size_no_neighbour_and_no_number_of_threads(h, dtype):
+    attend, parts = attention.build(dtype, 3, h), drawn(2, 3, h, str(dtype)[6:])
     check_bits(attend, *parts)
     found, threads = [], torch.get_num_threads()
     for number in (1, 2, 5):

@@ -79,6 +79,10 @@ def test_gradients_through_a_fused_model_are_those_of_the_plain_one(folder_of):
 # ---------------------------------------------------------------------------------- other layouts
 
 
+inductor = pytest.mark.skipif(
+    not shutil.which("g++") or torch.__version__.startswith("2.6"),
+    reason="needs a C++ compiler, for which the Inductor of torch 2.6 writes what does not compile",
+)
 native = pytest.mark.skipif(
     not packs(torch.device("cpu"), torch.bfloat16),
     reason="this processor has no bfloat16 instructions",
@@ -157,11 +161,7 @@ def test_in_float32_packed_weights_are_for_few_rows(threads, expected, monkeypat
     assert used == expected
 
 
-@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
-@pytest.mark.skipif(
-    torch.__version__.startswith("2.6"),
-    reason="Inductor of torch 2.6 writes C++ that does not compile",
-)
+@inductor
 def test_a_compiled_step_is_the_step(folder_of, capsys):
     folder = folder_of("qwen3")
     edit(folder, max_position_embeddings=512)
@@ -188,7 +188,7 @@ def test_a_compiled_step_is_the_step(folder_of, capsys):
     assert capsys.readouterr().err.count("compiled the step for ") == 1
 
 
-@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+@inductor
 def test_what_was_compiled_for_a_model_is_not_taken_for_another(folder_of, tmp_path):
     folder = folder_of("qwen3")
     other = Path(shutil.copytree(folder, tmp_path / "other"))
@@ -264,7 +264,7 @@ def test_int8_weights_are_off_by_half_a_step_at_most(dtype, folder_of):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("n", [1, 8, 40, 72, 96])
+@pytest.mark.parametrize("n", [1, 8, 40, 48, 72, 80, 96])
 def test_int8_products_are_right_for_rows_of_any_length(n, dtype):
     """PyTorch's own, with AVX-512, read beyond rows of bfloat16: wrong numbers, or a crash."""
     layer = Int8Linear(nn.Linear(n, 30, dtype=dtype).requires_grad_(False))
@@ -272,7 +272,8 @@ def test_int8_products_are_right_for_rows_of_any_length(n, dtype):
         x = torch.randn(rows, n).to(dtype)
         exact = F.linear(x.double(), layer.weight * layer.scale.double()[:, None])
         with torch.inference_mode():
-            assert close(layer(x).double(), exact + layer.bias.double(), 8e-3)
+            found = layer(x).double()
+        assert close(found, exact + layer.bias.double(), 4 * torch.finfo(dtype).eps)
 
 
 def test_without_triton_pytorch_decodes_and_a_line_says_so(folder_of, monkeypatch, capsys):

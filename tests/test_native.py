@@ -33,13 +33,13 @@ def test_a_library_is_compiled_once_for_its_options(compilations, tmp_path):
 
 def test_a_changed_file_is_compiled_anew(compilations, tmp_path, monkeypatch):
     monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
-    (tmp_path / "vectors.h").touch()
-    for number in 1, 1, 2:
-        code = f'extern "C" const int number = {number};'
+    for number, more in (1, 0), (1, 0), (2, 0), (2, 5):
+        (tmp_path / "vectors.h").write_text(f"constexpr int more = {more};")
+        code = f'#include "vectors.h"\nextern "C" const int number = {number} + more;'
         (tmp_path / "own.cpp").write_text(code)
         library = native.compiled("own")
-        assert ctypes.c_int.in_dll(library, "number").value == number
-    assert len(compilations) == 2
+        assert ctypes.c_int.in_dll(library, "number").value == number + more
+    assert len(compilations) == 3
 
 
 def test_what_does_not_compile_leaves_nothing(compilations, tmp_path, monkeypatch):

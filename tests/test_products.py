@@ -1,12 +1,13 @@
 """lab/products.cpp: x Wᵀ + b, each row's as if it were alone."""
 
+import copy
 import math
 import shutil
 import subprocess
 
 import pytest
 import torch
-from conftest import close, compiled_whole
+from conftest import PROCESSORS, close, compiled_whole
 from test_attention import logits_of
 from torch import nn
 
@@ -22,8 +23,6 @@ KINDS = [
     (linear.Int8Linear, torch.bfloat16),
 ]
 each_kind = pytest.mark.parametrize("kind, dtype", KINDS)
-# Vectors of one width and of twice that; without instructions for bfloat16, where there are some.
-PROCESSORS = [{"__AVX512F__": wide, "__AVX512BF16__": 0} for wide in (0, 1)] + [{}]
 
 
 def drawn(kind, dtype, N=100, K=700, bias=True):
@@ -44,9 +43,8 @@ def exact(layer, x):
 @each_kind
 @pytest.mark.parametrize("processor", PROCESSORS)
 @pytest.mark.parametrize("N, K", SHAPES)
-def test_a_product_is_the_sums_of_the_products(N, K, processor, kind, dtype, monkeypatch):
-    build = native.build
-    monkeypatch.setattr(native, "build", lambda name, **sizes: build(name, **sizes, **processor))
+def test_a_product_is_the_sums_of_the_products(N, K, processor, kind, dtype, as_on):
+    as_on(processor)
     for bias in (False, True):
         layer, x = drawn(kind, dtype, N, K, bias)
         panels, expected = products.Panels(layer), exact(layer, x)
@@ -102,19 +100,23 @@ def test_the_operation_tells_pytorch_the_truth_about_itself(kind, dtype):
 
 
 @pytest.mark.parametrize("quantize", [None, "int8"])
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 0.03)])
 @pytest.mark.parametrize("family", ["qwen2", "llama3"])  # with biases, and without
 def test_in_a_compiled_step_all_products_are_these(
-    family, quantize, folder_of, monkeypatch, capsys
+    family, dtype, tolerance, quantize, folder_of, monkeypatch, capsys
 ):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     folder = str(folder_of(family))
-    plain, _ = fast.load(folder, "cpu", "float32", quantize)
+    plain, _ = fast.load(folder, "cpu", dtype, quantize)
     with compiled_whole(monkeypatch) as graphs:
-        model, _ = fast.load(folder, "cpu", "float32", quantize, compile=True)
+        model, _ = fast.load(folder, "cpu", dtype, quantize, compile=True)
         with torch.no_grad():  # between loading and the first step, as a merged adapter does
             for m in (plain.layers[0].mlp.down_proj, model.layers[0].mlp.down_proj):
                 m.weight.mul_(-1)
         expected, found = logits_of(plain), logits_of(model)
-    assert all(close(found[i], x, 1e-5) for i, x in expected.items())
+    # In bfloat16 the next token may be another one.
+    steps = 3 if dtype == "float32" else 1
+    assert all(close(found[i][:steps], x[:steps], tolerance) for i, x in expected.items())
     (names,) = graphs
     assert names.count("lab.multiply_on_cpu") == 4 * model.config.layers + 1
     assert not any("mm" in name or "linear" in name for name in names)
@@ -131,14 +133,29 @@ def test_bfloat16_is_left_to_onednn_where_it_has_tiles(tiles, folder_of, monkeyp
 
 
 @pytest.mark.parametrize("quantize", [None, "int8"])
-def test_where_a_second_copy_of_the_weights_has_no_room_there_is_none(
+def test_the_weights_are_laid_out_where_there_is_room_for_it(
     quantize, folder_of, monkeypatch, capsys
 ):
     folder = folder_of("qwen3")
     needed = fast.weight_bytes(checkpoint.check_config(folder), torch.float32, quantize)
-    monkeypatch.setattr(checkpoint, "free_memory", lambda device: 2 * needed)
-    model, _ = fast.load(str(folder), "cpu", "float32", quantize, compile=True)
-    assert model.step.layers == [] and "products" not in capsys.readouterr().err
+    for copies in (2, 5):
+        there = copies * needed
+        monkeypatch.setattr(checkpoint, "free_memory", lambda device, there=there: there)
+        model, _ = fast.load(str(folder), "cpu", "float32", quantize, compile=True)
+        assert bool(model.step.layers) == (copies == 5)
+        assert "products" not in capsys.readouterr().err
+
+
+def test_a_copy_of_a_compiled_model_decodes_with_its_own_weights(folder_of, monkeypatch):
+    with compiled_whole(monkeypatch):
+        model, _ = fast.load(str(folder_of("qwen3")), "cpu", "float32", compile=True)
+        expected = logits_of(model)
+        other = copy.deepcopy(model)
+        other.lm_head.weight.mul_(-1)
+        found, again = logits_of(other), logits_of(model)
+    assert all(torch.equal(again[i], x) for i, x in expected.items())
+    # Its first logits are those of the same prompts, with the other sign.
+    assert all(close(found[i][0], -x[0], 1e-5) for i, x in expected.items())
 
 
 def test_where_they_cannot_be_used_a_line_says_so(folder_of, monkeypatch, capsys):
