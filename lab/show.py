@@ -78,10 +78,12 @@ class Thought:
         colour = self.out.isatty() and not os.environ.get("NO_COLOR")
         self.dim, self.bold, self.plain = ["\x1b[2m", "\x1b[1m", "\x1b[0m"] if colour else [""] * 3
         self.stream = DecodeStream(skip_special_tokens=True)
-        print(f"{self.bold}<think>{self.plain}", file=self.out)
+        self.head = f"{self.bold}<think>{self.plain}\n"
 
     def __call__(self, token: Tensor, phase: Tensor, H: Tensor, ids: Tensor, ct: Tensor) -> None:
         """One step of row 0. phase is 0 where a concept token is fed, 3 where the answer is."""
+        self.out.write(self.head)  # once there is a thought: a prompt may be refused
+        self.head = ""
         if self.was_thinking and phase == 3:
             self.was_thinking, self.stream = False, DecodeStream(skip_special_tokens=True)
             print(file=self.out)
