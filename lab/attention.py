@@ -17,7 +17,7 @@ def build(dtype: torch.dtype, G: int, h: int) -> Callable:
 
     ValueError for what it does not compute, CalledProcessError where it does not compile.
     """
-    if dtype not in native.NUMBERS or h % 8:
+    if dtype not in native.DTYPES or h % 8:
         raise ValueError(f"none for {dtype} and heads of width {h}")
     _, kernel = native.build("attention", BFLOAT16=int(dtype == torch.bfloat16), G=G, WIDTH=h)
 

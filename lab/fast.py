@@ -2,8 +2,8 @@
 
     model, tokenizer = load("qwen2.5-7b", quantize="int8", compile=True)
 
-Fused matrices (q, k, v and gate, up are one product each), weights laid out for a CPU's matrix
-instructions or kept in 8 bits, our own kernels, a step compiled by Inductor, a step recorded as a
+Fused matrices (q, k, v and gate, up are one product each), weights laid out for a CPU's products or
+kept in 8 bits (lab/linear.py), our own kernels, a step compiled by Inductor, a step recorded as a
 CUDA graph, and a plan of what fits in memory. Each can be read by itself; none is needed to
 understand a method.
 """
@@ -84,7 +84,7 @@ def load(
         model.step = steps.CompiledStep(model)
     if on_cpu:
         steps.use_attention(model)
-        # AMX, which oneDNN uses, multiplies many rows of bfloat16 faster.
+        # With AMX, which oneDNN uses for bfloat16, ours were not timed.
         tiles = dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
         if spare > 0 and (quantize or pack and not tiles):
             layers = [m for m in model.modules() if isinstance(m, layer)]

@@ -47,9 +47,9 @@ class PackedLinear(nn.Linear):
             return F.linear(x, self.weight, self.bias) if self.panels is None else self.panels(x)
         rows = x.numel() // self.in_features
         few = rows <= 256 and (rows > 1 or torch.get_num_threads() > 1)
-        packs = self.packs and torch.is_inference_mode_enabled()
+        decoding = self.packs and torch.is_inference_mode_enabled()
         # A weight made in inference mode does not tell when it changes.
-        if not packs or self.weight.is_inference() or x.dtype == torch.float32 and not few:
+        if not decoding or self.weight.is_inference() or x.dtype == torch.float32 and not few:
             return F.linear(x, self.weight, self.bias)
         if self.version != self.weight._version:  # LoRA changes it between two decodings
             self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach())

@@ -21,7 +21,7 @@ SHAPES = {  # operation -> the shape of what it gives
     "attend_on_cpu": lambda q, *_: q.new_empty(q.shape),
     "multiply_on_cpu": lambda x, w, scale, bias, N, kernel: x.new_empty(*x.shape[:-1], N),
 }
-NUMBERS = {torch.float32: "float", torch.bfloat16: "uint16_t"}  # as C++ has them
+DTYPES = torch.float32, torch.bfloat16  # which lab/vectors.h has
 
 
 @cache

@@ -1,6 +1,6 @@
 // x Wᵀ of a decoding step on a CPU: few rows x, and a weight W that should be read only once.
 //
-// lab/products.py compiles it for rows in float or bfloat16, and for a weight of T: the same, or
+// lab/products.py compiles it for rows in float or bfloat16, and for a weight of T: X, the same, or
 // int8_t with a scale for each of its rows. The weight lies in panels of COLUMNS of its rows, one k
 // after another, or one pair of k's after another where the processor multiplies bfloat16 in pairs:
 // it is read as it lies. DEPTH of these steps of a panel stay in the cache until all rows are done
@@ -23,7 +23,7 @@ static inline __m512 floats(const int8_t* x) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load<__m128i>(x)));
 }
 
-// By hand: GCC's code for the loop below takes twice as long.
+// By hand: GCC makes slower code of a loop like the one below.
 static void convert(const int8_t* x, int64_t n, Y* y) {
     for (int64_t i = 0; i < n; i += 32) {
         vector both = _mm512_cvtne2ps_pbh(floats(x + i + 16), floats(x + i));

@@ -1,8 +1,7 @@
 """The matrix products of a decoding step on a CPU in C++: lab/products.cpp, for weights laid out.
 
-A step of few rows should take what reading the weights once takes. oneDNN's products take longer
-(but for many rows of bfloat16 with AMX), and PyTorch's with 8 bits many times as long for several
-rows.
+A step of few rows should take what reading the weights once takes. oneDNN's products take longer,
+and so do PyTorch's with 8 bits for several rows.
 """
 
 import ctypes
@@ -12,8 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lab import native
-
-NUMBERS = native.NUMBERS | {torch.int8: "int8_t"}
 
 
 class Panels(nn.Module):
@@ -28,10 +25,10 @@ class Panels(nn.Module):
         super().__init__()
         W, scale = layer.weight, getattr(layer, "scale", None)
         rows = W.dtype if scale is None else scale.dtype
-        if rows not in native.NUMBERS:
+        if rows not in native.DTYPES:
             raise ValueError(f"none for {rows}")
-        bfloat16 = int(rows == torch.bfloat16)
-        library, self.kernel = native.build("products", T=NUMBERS[W.dtype], BFLOAT16=bfloat16)
+        sizes = {"T": "X" if scale is None else "int8_t", "BFLOAT16": int(rows == torch.bfloat16)}
+        library, self.kernel = native.build("products", **sizes)
         C, P = (ctypes.c_int.in_dll(library, name).value for name in ("columns", "pairs"))
         self.N, K = W.shape
         self.missing = -K % P

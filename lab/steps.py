@@ -38,10 +38,10 @@ class CompiledStep:
     def prepare(self) -> None:
         """Lay the weights out, and have `plain` compiled when it is called.
 
-        Asking before each step whether a module of the model has changed takes a tenth of the step,
-        so these guards are skipped: a module that is changed later goes unnoticed. Dynamo finds
-        what it has compiled by a function's code; without the guards it would take one model's step
-        for another's, so that each has a copy of the code.
+        Before each step Dynamo would ask of every module of the model whether it has changed. These
+        guards are skipped: a module that is changed later goes unnoticed. Dynamo finds what it has
+        compiled by a function's code; without the guards it would take one model's step for
+        another's, so that each has a copy of the code.
         """
         for layer in self.layers:
             layer.panels = products.Panels(layer)

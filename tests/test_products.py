@@ -67,16 +67,15 @@ def test_rows_may_have_any_shape_and_lie_anywhere(kind, dtype):
 
 
 @each_kind
-def test_a_rows_bits_depend_on_no_neighbour_and_no_number_of_threads(kind, dtype):
+def test_a_rows_bits_depend_on_no_neighbour_and_no_number_of_threads(kind, dtype, one_thread):
     layer, x = drawn(kind, dtype)
-    panels, threads = products.Panels(layer), torch.get_num_threads()
+    panels = products.Panels(layer)
     expected = panels(x)
     for rows in ROWS:
         assert torch.equal(panels(x[-rows:]), expected[-rows:])
     for number in (1, 2, 5):
         torch.set_num_threads(number)
         assert torch.equal(panels(x), expected)
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
