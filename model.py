@@ -321,7 +321,6 @@ class Prompt:
     """Embeddings that requests begin with. All but the last are prefilled, once for all of them."""
 
     CHUNK = 512  # positions at once: a long prompt does not keep the other rows waiting for long
-
     embeds: Tensor  # [T, d], T >= 1
     like: "Prompt | None" = None  # a prefilled one: what both begin with is taken from it
     cache: KVCache | None = None  # their keys and values, one row
@@ -496,15 +495,16 @@ def check_truncation(
 
 def check_ranges(settings: Any, positive: str, **least: float) -> None:
     """ValueError unless fields are above 0 (`positive`), at least a number, of their Literal."""
+    values = vars(settings)
     ranges = [(name, 1e-30, 1e30, "above 0") for name in positive.split()]
     ranges += [(name, low, 2**31, f"at least {low}") for name, low in least.items()]
     for name, low, high, wanted in ranges:
-        if not low <= (value := getattr(settings, name)) <= high:
-            raise ValueError(f"{name} must be {wanted}, not {value} ({low} to {high})")
+        if not low <= values[name] <= high:
+            raise ValueError(f"{name} must be {wanted}, not {values[name]} ({low} to {high})")
     for name, hint in get_type_hints(type(settings)).items():
         known = [x for kind in (hint, *get_args(hint)) for x in get_args(kind)]
-        if isinstance(value := getattr(settings, name), str) and value not in known:
-            raise ValueError(f"{name} must be of {hint}, not {value!r}")
+        if isinstance(values[name], str) and values[name] not in known:
+            raise ValueError(f"{name} must be of {hint}, not {values[name]!r}")
 
 
 def text_seed(text: str) -> int:
