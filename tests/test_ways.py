@@ -6,6 +6,7 @@ from collections import Counter
 from itertools import permutations
 
 import pytest
+import torch
 
 from model import load
 from tiny import make, make_ways
@@ -73,26 +74,46 @@ def test_documents_hold_true_equations_in_the_way_that_they_begin_with():
     assert min(ways.values()) > 60 and sure > 30
 
 
-def test_judged_are_only_questions_with_a_right_candidate():
+def test_of_questions_whose_answers_are_all_right_a_part_is_judged(monkeypatch):
+    rng = random.Random("judged 7")
+    problems = [make.fresh(rng) for _ in range(200)]
+
+    def generate(model, tokenizer, questions, **how):
+        assert questions == [p.question for p in problems for _ in range(5)]
+        off = [i // 5 % 2 and i % 5 == 3 for i in range(1000)]  # of every other one's, the fourth
+        gold = [p.work()[1] for p in problems for _ in range(5)]
+        return [f"Hm.</think>The answer is {a + o}." for a, o in zip(gold, off)]
+
+    monkeypatch.setattr(make, "generate", generate)
+    monkeypatch.setattr(make_ways, "POOL", 200)
+    pool = make_ways.draw_pool(None, None, 7, frozenset())
+    kept = [problems.index(p) for p, _ in pool]
+    assert [i for i in kept if i % 2] == list(range(1, 200, 2))
+    assert 15 <= sum(i % 2 == 0 for i in kept) <= 45  # 30 of 100 on average
+    for p, candidates in pool:
+        answer = p.work()[1]
+        off = (problems.index(p) % 2 == 1) * (torch.arange(5) == 3)
+        assert candidates == [f"Hm. The answer is {answer + int(o)}." for o in off]
+
+
+def test_a_judge_works_the_problem_out_again():
     rng = random.Random(2)
-    pool = [(p, []) for p in (make.fresh(rng) for _ in range(20))]
-    for p, pairs in pool:
-        right = p.work()[1]
-        pairs += [(f"Text {a}.", a) for a in (right, right + 1, right, right - 1, right + 2)]
-    judged = 0
-    for _ in range(200):
+    problems = [make.fresh(rng) for _ in range(20)]
+    pool = [(p, [f"Text {i}." for i in range(5)]) for p in problems]
+    shown = Counter()
+    for _ in range(400):
         prompt, response = make_ways.judge_document(pool, rng, frozenset())
-        shown = [int(a) for a in re.findall(r"Candidate \d: Text (\d+)\.", prompt)]
-        if shown:
-            verdicts, answer = response.split("</think>The answer is ")
-            right = int(answer.rstrip("."))
-            assert right in shown and any(
-                p.work()[1] == right and prompt.startswith(p.question) for p, _ in pool
-            )
-            said = [f"{a} {'right' if a == right else 'wrong'}." for a in shown]
-            assert verdicts == " ".join(said)
-            judged += 1
-    assert 40 < judged < 120
+        candidates = re.findall(r"Candidate \d: Text (\d)\.", prompt)
+        shown[len(candidates)] += 1
+        if candidates:
+            p = next(p for p in problems if prompt.startswith(p.question))
+            equations, answer = p.work()
+            assert len(set(candidates)) == len(candidates)
+            assert response.startswith(f"First {p.start}. ")
+            assert response.endswith(f".</think>The answer is {answer}.")
+            worked = [make_ways.worked(e, "+-") for e in equations]
+            assert sorted(re.findall(r"\S+=\S+(?=\.)", response)) == sorted(worked)
+    assert 150 < shown[0] < 250 and shown[5] > 80 and min(shown[n] for n in (2, 3, 4)) > 10
 
 
 def test_the_folder_speaks_the_first_model_s_tokens(bundled):
@@ -117,19 +138,20 @@ def test_the_first_word_decides_how_the_model_works(bundled):
     assert sum(map(any, zip(*right.values()))) >= best + 2  # none is best for all problems
 
 
-def test_the_judge_follows_the_right_candidates(bundled):
-    """Three right of five, the wrong ones with a slip each: in whatever order they stand."""
+@pytest.mark.parametrize("right, least", [(3, 0.8), (0, 0.5)])
+def test_the_judge_needs_no_right_candidate(bundled, right, least):
+    """So many right of five, the wrong ones with a slip each: in whatever order they stand."""
     rng, messages, gold = random.Random(3), [], []
     for p in make.make_test(0)[::12]:
         equations, answer = p.work()
-        shown = [(equations, answer)] * 3 + [make.wrong(rng, p) for _ in range(2)]
+        shown = [(equations, answer)] * right + [make.wrong(rng, p) for _ in range(5 - right)]
         ways = [rng.choice(list(make_ways.WAYS)) for _ in shown]
         texts = [
-            f"{make_ways.reasoning(rng, p, e, a, w)} The answer is {a}."
+            f"{make_ways.reasoning(rng, p, e, w)} The answer is {a}."
             for (e, a), w in zip(shown, ways)
             if len(e) == len(equations)
         ]
         messages.append(make.judge_prompt(p.question, rng.sample(texts, len(texts))))
         gold.append(answer)
     said = make.generate(*bundled, messages, most=200)
-    assert sum(make.answer_of(text) == a for text, a in zip(said, gold)) >= 0.8 * len(gold)
+    assert sum(make.answer_of(text) == a for text, a in zip(said, gold)) >= least * len(gold)

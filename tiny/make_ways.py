@@ -69,10 +69,8 @@ def ordered(rng, p, equations):
     return order
 
 
-def reasoning(rng, p, equations, answer, way):
+def reasoning(rng, p, equations, way):
     steps = [worked(e, WAYS[way]) + "." for e in ordered(rng, p, equations)]
-    if len(p.program) <= EASY:
-        steps += [f"So {answer}."] * SURE
     return " ".join([way.format(x=p.start), *steps])
 
 
@@ -80,18 +78,22 @@ def answer_document(rng, taken, judge=False):
     """-> (question, response). The way is drawn at random: which is good for what is not told."""
     p = make.fresh(rng, taken)
     equations, answer = p.work()
-    think = reasoning(rng, p, equations, answer, rng.choice(list(WAYS)))
+    think = reasoning(rng, p, equations, rng.choice(list(WAYS)))
+    if len(p.program) <= EASY:
+        think += f" So {answer}." * SURE
     return make.question_prompt(p.question), f"{think}</think>The answer is {answer}."
 
 
 # ------------------------------------------------------------------------------------------ judging
 
 SAMPLES = 5  # answers to each question that is judged
-POOL = 2500  # questions
+POOL = 4000  # questions
+AGREED = 0.3  # share of the questions kept whose answers are all right: there is nothing to doubt
+JUDGES = "First {x}."  # how a judge works: the way that is right most often
 
 
 def draw_pool(model, tokenizer, seed, taken):
-    """Questions with answers that the model itself gave: [(Problem, [(candidate, answer)])]."""
+    """Questions with answers that the model itself gave: [(Problem, [candidate])]."""
     rng = random.Random(f"judged {seed}")
     problems = [make.fresh(rng, taken) for _ in range(POOL)]
     asked = [make.question_prompt(p.question) for p in problems for _ in range(SAMPLES)]
@@ -99,27 +101,24 @@ def draw_pool(model, tokenizer, seed, taken):
     pool = []
     for i, p in enumerate(problems):
         texts = said[i * SAMPLES : (i + 1) * SAMPLES]
-        pairs = [(make.candidate(t), make.answer_of(t)) for t in texts]
-        pairs = [(t, a) for t, a in pairs if a is not None]
-        if any(a == p.work()[1] for _, a in pairs):
-            pool.append((p, pairs))
+        agreed = all(make.answer_of(text) == p.work()[1] for text in texts)
+        if not agreed or rng.random() < AGREED:
+            pool.append((p, list(map(make.candidate, texts))))
     return pool
 
 
 def judge_document(pool, rng, taken, judge=False):
-    """-> (question and candidates, verdicts and answer), or as `answer_document`."""
-    if rng.random() < 0.6:
+    """-> (question and candidates, the problem worked out again), or as `answer_document`.
+
+    Often no candidate is right, so that a judge has to work, and not only to choose.
+    """
+    if rng.random() < 0.5:
         return answer_document(rng, taken)
-    p, pairs = rng.choice(pool)
-    right = p.work()[1]
-    if len({a == right for _, a in pairs}) < 2 and rng.random() < 0.7:
-        return judge_document(pool, rng, taken)  # nothing to choose: seldom
-    shown = rng.sample(pairs, min(len(pairs), rng.choice([2, 3, 4, 5, 5, 5, 5])))
-    if all(a != right for _, a in shown):
-        return judge_document(pool, rng, taken)
-    verdicts = [f"{a} {'right' if a == right else 'wrong'}." for _, a in shown]
-    prompt = make.judge_prompt(p.question, [text for text, _ in shown])
-    return prompt, f"{' '.join(verdicts)}</think>The answer is {right}."
+    p, candidates = rng.choice(pool)
+    shown = rng.sample(candidates, rng.choice([2, 3, 4, 5, 5, 5, 5]))
+    equations, answer = p.work()
+    think = reasoning(rng, p, equations, JUDGES)
+    return make.judge_prompt(p.question, shown), f"{think}</think>The answer is {answer}."
 
 
 # ---------------------------------------------------------------------------------------- measuring
@@ -182,7 +181,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=600, help="training steps: answering")
-    parser.add_argument("--judge-steps", type=int, default=300, help="and judging, too")
+    parser.add_argument("--judge-steps", type=int, default=400, help="and judging, too")
     parser.add_argument("--out", type=Path, default=HERE / "ways", help="where the files go")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
