@@ -15,7 +15,7 @@
 #include "vectors.h"
 
 constexpr int CHUNK = 256;  // positions of a task, at any length: bits depend on no other row
-constexpr int AHEAD = V * sizeof(float) / sizeof(X);  // positions between fetching and use
+constexpr int AHEAD = 2 * V * sizeof(float) / sizeof(X);  // positions between fetching and use
 typedef int32_t word __attribute__((vector_size(4 * V)));
 
 #ifdef __clang__
@@ -146,7 +146,7 @@ extern "C" void run(const X* q, const X* keys, const X* values, const int64_t* l
     float *y = parts.data(), *sums = lse.data();
 #pragma omp parallel num_threads(threads)
     {
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(guided)  // a thread's chunks lie side by side in memory
         for (int64_t task = 0; task < B * K * chunks; task++) {
             int64_t first = task % chunks * CHUNK, bk = task / chunks, b = bk / K;
             if (first > last[b]) continue;
