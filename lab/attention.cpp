@@ -142,18 +142,23 @@ extern "C" void run(const X* q, const X* keys, const X* values, const int64_t* l
                     int64_t B, int64_t K, int64_t S, int64_t row, int64_t head, int threads) {
     int64_t chunks = (S + CHUNK - 1) / CHUNK;
     static thread_local std::vector<float> parts, lse;  // [B, K, chunks, G, WIDTH], [.., G]
-    parts.resize(B * K * chunks * G * WIDTH), lse.resize(B * K * chunks * G);
+    static thread_local std::vector<int64_t> tasks;     // [B + 1]: a row's first, of chunks in use
+    parts.resize(B * K * chunks * G * WIDTH), lse.resize(B * K * chunks * G), tasks.resize(B + 1);
+    for (int64_t b = 0; b < B; b++) tasks[b + 1] = tasks[b] + K * (last[b] / CHUNK + 1);
     float *y = parts.data(), *sums = lse.data();
+    const int64_t *begin = tasks.data(), *end = begin + B;
 #pragma omp parallel num_threads(threads)
     {
-#pragma omp for schedule(guided)  // a thread's chunks lie side by side in memory
-        for (int64_t task = 0; task < B * K * chunks; task++) {
-            int64_t first = task % chunks * CHUNK, bk = task / chunks, b = bk / K;
-            if (first > last[b]) continue;
-            int64_t n = std::min<int64_t>(CHUNK, last[b] + 1 - first);
-            int64_t start = b * row + bk % K * head + first * WIDTH;
+        // Guided: what a thread reads lies side by side in memory.
+#pragma omp for schedule(guided)
+        for (int64_t task = 0; task < *end; task++) {
+            int64_t b = std::upper_bound(begin, end, task) - begin - 1, used = last[b] / CHUNK + 1;
+            int64_t kv = (task - begin[b]) / used, chunk = (task - begin[b]) % used;
+            int64_t first = chunk * CHUNK, n = std::min<int64_t>(CHUNK, last[b] + 1 - first);
+            int64_t start = b * row + kv * head + first * WIDTH, bk = b * K + kv;
+            int64_t at = bk * chunks + chunk;
             attend_chunk(q + bk * G * WIDTH, keys + start, values + start, n,
-                         y + task * G * WIDTH, sums + task * G);
+                         y + at * G * WIDTH, sums + at * G);
         }
 #pragma omp for
         for (int64_t query = 0; query < B * K * G; query++) {  // merge its chunks

@@ -1,6 +1,6 @@
 """A second reasoning model: its first word decides how it works, and it judges. For the search.
 
-    python tiny/make_ways.py            # everything in tiny/ways, on a CPU in under an hour
+    python tiny/make_ways.py            # everything in tiny/ways, on a CPU in half an hour
 
 The stories and their answers are those of `make.py`, so that both models answer the same questions.
 Top to bottom: the ways of working, the two stages of the training (first answering; then judging
@@ -87,8 +87,8 @@ def answer_document(rng, taken, judge=False):
 # ------------------------------------------------------------------------------------------ judging
 
 SAMPLES = 5  # answers to each question that is judged
-POOL = 4000  # questions
-AGREED = 0.3  # share of the questions kept whose answers are all right: there is nothing to doubt
+POOL = 4000  # questions that are asked; fewer are kept
+AGREED = 0.3  # of the questions whose answers are all right, the share that is kept
 JUDGES = "First {x}."  # how a judge works: the way that is right most often
 
 
@@ -110,7 +110,7 @@ def draw_pool(model, tokenizer, seed, taken):
 def judge_document(pool, rng, taken, judge=False):
     """-> (question and candidates, the problem worked out again), or as `answer_document`.
 
-    Often no candidate is right, so that a judge has to work, and not only to choose.
+    Of some questions no candidate is right: a judge has to work, and not only to choose.
     """
     if rng.random() < 0.5:
         return answer_document(rng, taken)
