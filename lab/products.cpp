@@ -52,13 +52,15 @@ extern "C" const int columns = COLUMNS, pairs = P;
 template <int M>
 static void block(const Y* x, int64_t K, const Y* w, int n, float* y, const char* next,
                   int stride) {
+    // Weights of a single row that need no conversion are read as fast without.
+    constexpr bool fetched = M > 1 || !std::is_same_v<T, Y>;
     vec a[M], b[M];
     for (int m = 0; m < M; m++) a[m] = load<vec>(y + m * COLUMNS);
     for (int m = 0; m < M; m++) b[m] = load<vec>(y + m * COLUMNS + V);
     for (int k = 0; k < n; k++, w += STEP, next += stride) {
         vector left = load<vector>(w), right = load<vector>(w + STEP / 2);
-        if (M > 1) __builtin_prefetch(next);  // one row is read as fast without
-        if (M > 1 && stride > LINE) __builtin_prefetch(next + LINE);
+        if (fetched) __builtin_prefetch(next);
+        if (fetched && stride > LINE) __builtin_prefetch(next + LINE);
         for (int m = 0; m < M; m++) {
             vector z = all(x + m * K + k * P);
             a[m] = add(a[m], z, left), b[m] = add(b[m], z, right);
