@@ -172,8 +172,9 @@ def answer(args: argparse.Namespace, settings: type, run: Callable, view: type) 
         print(f"--- sample {i}, as {args.output} holds it\n{said}")
     if not todo:
         return
-    # The bundled model knows its own stories only; others are told the form of the answer.
-    form = tasks.INSTRUCTION["number"] if view.form and args.model != TINY else ""
+    # The bundled models know their own stories only; others are told the form of the answer.
+    bundled = Path(TINY).parent in Path(args.model).resolve().parents
+    form = tasks.INSTRUCTION["number"] if view.form and not bundled else ""
     text = "\n\n".join(part for part in (args.question, form) if part)
     asked = [tasks.ask_number(text, form)] * len(todo)
     watch = view(tokenizer, s) if len(todo) == 1 else None

@@ -17,7 +17,7 @@ from conftest import ROOT
 import soft_reasoning
 import soft_thinking
 from baselines import sampling
-from lab import cli, flags, show
+from lab import cli, flags, show, tasks
 from model import Tokenizer, load
 
 
@@ -409,6 +409,24 @@ def test_a_question_in_the_terminal_and_its_record(folder_of, capsys, tmp_path):
     assert reason([*arguments[:-2], "--analyse"]) == 0
     printed = capsys.readouterr().out
     assert "layer  perturbed" in printed and "distance to the best point" in printed
+
+
+@pytest.mark.parametrize("model", [flags.TINY, "tiny/base", "tiny/ways", "golden"])
+def test_the_bundled_models_are_asked_as_they_were_trained(model, folder_of, monkeypatch):
+    """Others are told in which form to answer."""
+    asked = []
+
+    def run(model, tokenizer, questions, **options):
+        asked.extend(questions)
+        return iter(())
+
+    monkeypatch.chdir(ROOT)
+    name = str(long_context(folder_of("qwen3"))) if model == "golden" else model
+    arguments = ["--model", name, "--question", "How many?", "--device", "cpu"]
+    assert cli.command(arguments, soft_reasoning.__doc__, sampling.Settings, run, show.Search) == 0
+    (question,) = asked
+    form = tasks.INSTRUCTION["number"] if model == "golden" else ""
+    assert question.form == form and question.text == f"How many?\n\n{form}".strip()
 
 
 @pytest.mark.parametrize(
