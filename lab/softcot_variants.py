@@ -34,8 +34,9 @@ MAKE_BUNDLED = (
 
 
 def bundled(args: argparse.Namespace) -> bool:
-    """Whether --model and --assistant are the bundled models."""
-    return (args.model, args.assistant) == (TINY, TINY_ASSISTANT)
+    """Whether --model and --assistant are the bundled models, by whatever path."""
+    given = [str(Path(name).resolve()) for name in (args.model, args.assistant)]
+    return given == [TINY, TINY_ASSISTANT]
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from conftest import ROOT
 from softcot_pair import PROBLEMS, data, evaluates, lengthen, loaded, main, pair, trains
 
 import softcot
@@ -168,6 +169,15 @@ def test_without_arguments_it_answers_one_problem_twice(projection, monkeypatch,
     assert f"the right answer is {tasks.load('tiny', limit=1)[0].answer}" in printed
     thought = r"^ +\d  norm +\d+\.\d\d  (?:'.*' [+-]0\.\d\d *){3}$"
     assert len(re.findall(thought, printed, re.MULTILINE)) == 2
+
+
+def test_the_bundled_models_are_known_by_any_path(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    names = ["--model", "tiny/base", "--assistant", "tiny/../tiny/assistant"]
+    assert main([*names, "--device", "cpu", "--max-new-tokens", "5"]) == 0
+    assert "with 16 soft thoughts" in capsys.readouterr().out
+    assert main(["--model", "tiny/ways", "--device", "cpu"]) == 2
+    assert "the bundled projection is for the bundled models" in capsys.readouterr().err
 
 
 def test_what_is_measured_of_soft_thoughts(loaded):
