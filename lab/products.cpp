@@ -52,7 +52,7 @@ extern "C" const int columns = COLUMNS, pairs = P;
 template <int M>
 static void block(const Y* x, int64_t K, const Y* w, int n, float* y, const char* next,
                   int stride) {
-    // Weights of a single row that need no conversion are read as fast without.
+    // One row of x, with weights that need no conversion, gains nothing by it.
     constexpr bool fetched = M > 1 || !std::is_same_v<T, Y>;
     vec a[M], b[M];
     for (int m = 0; m < M; m++) a[m] = load<vec>(y + m * COLUMNS);
