@@ -16,7 +16,6 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -133,6 +132,16 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
     return y.transpose(1, 2)
 
 
+def masked_attention(q: Tensor, keys: Tensor, values: Tensor, at: Tensor, mask: Tensor) -> Tensor:
+    """KVCache.attend's: q [B, T, H, h], keys and values [B, K, capacity, h] -> [B, T, H, h]."""
+    # mask [B, 1, G T or 1, S] is added to scores; at [B, T], for kernels: the last that one sees.
+    (B, T, H, h), K, S = q.shape, keys.shape[1], mask.shape[-1]
+    # A group's G = H / K query heads stand where positions would: their keys are read once.
+    q = q.view(B, T, K, -1, h).permute(0, 2, 3, 1, 4).reshape(B, K, -1, h)
+    y = F.scaled_dot_product_attention(q, keys[:, :, :S], values[:, :, :S], attn_mask=mask)
+    return y.view(B, K, -1, T, h).permute(0, 3, 1, 2, 4).reshape(B, T, H, h)
+
+
 class Attention(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
@@ -180,11 +189,10 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Embeddings in, hidden states out; differentiable. Modules are named as in checkpoints."""
 
-    # Set by lab/fast.py, which may replace `step` too:
-    planner: Callable | None = None  # how many rows fit in memory
+    planner: Callable | None = None  # set by lab/fast.py, as the next three: how many rows fit
     recorder: Callable | None = None  # a step that is recorded once and replayed
     agree: Callable | None = None  # one process decides a step for all
-    attention: Callable | None = None  # a kernel for one query per row, called by KVCache.attend
+    attention: Callable = staticmethod(masked_attention)  # KVCache.attend's
 
     def __init__(self, config: Config):
         super().__init__()
@@ -305,15 +313,7 @@ class KVCache:
         """Store k, v [rows, T, K, h]; attend with q [rows, T, H, h]: [rows, T, H, h]."""
         for x, new in ((self.keys[layer], k), (self.values[layer], v)):
             x.transpose(1, 2).index_put_((self.rows, self.positions), new)
-        (B, T, H, h), K, G = q.shape, self.K, self.G
-        S = self.mask.shape[-1]  # self.S, as a size of a tensor: a step is compiled once for all
-        if T == 1 and self.attention:
-            return self.attention(q, self.keys[layer], self.values[layer], self.positions, S)
-        # A group's query heads stand where positions would: their keys are read once.
-        q = q.view(B, T, K, G, h).permute(0, 2, 3, 1, 4).reshape(B, K, G * T, h)
-        k, v = (x[layer][:, :, :S] for x in (self.keys, self.values))
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask)
-        return y.view(B, K, G, T, h).permute(0, 3, 1, 2, 4).reshape(B, T, H, h)
+        return self.attention(q, self.keys[layer], self.values[layer], self.positions, self.mask)
 
 
 @dataclass(eq=False)
@@ -533,7 +533,7 @@ class Tokenizer:
         text = re.sub(r"(\{%[-+]?\s*(?:end)?)generation\b", r"\1with", text or "")
         # Anybody can write a template: it runs in the sandbox, without Python's internals.
         env = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-        env.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
+        env.filters["tojson"] = lambda x, **how: json.dumps(x, ensure_ascii=False, **how)
         env.globals |= {"raise_exception": refuse_chat, "strftime_now": time.strftime}
         self.template = env.from_string(text) if text else None
 

@@ -6,8 +6,6 @@
 // be what limits it: the next ones are fetched while some are multiplied.
 
 #include <algorithm>
-#include <cmath>
-#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -16,7 +14,6 @@
 
 constexpr int CHUNK = 256;  // positions of a task, at any length: bits depend on no other row
 constexpr int AHEAD = 2 * V * sizeof(float) / sizeof(X);  // positions between fetching and use
-typedef int32_t word __attribute__((vector_size(4 * V)));
 
 #ifdef __clang__
 #define SHUFFLED(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
@@ -35,16 +32,6 @@ static inline vec sums(const vec* x) {
                    SHUFFLED(a, b, (i & n / 2 ? V + i : i) ^ n / 2 ...);
         }(std::make_integer_sequence<int, V>());
     }
-}
-
-// e^x for x <= 0, to float32's last digit or two: 2^n e^f, e^f by its series; at least e^-87.
-static inline vec exponential(vec x) {
-    constexpr float magic = 3 << 22;  // x + magic - magic is x, rounded to an integer
-    x = x < -87 ? vec{} - 87 : x;
-    vec n = x * float(M_LOG2E) + magic - magic, p = vec{} + 1;
-    vec f = x - n * 0.693359375f + n * 2.12194440e-4f;  // ln 2 in two parts: n times it is exact
-    for (int k = 7; k > 0; k--) p = p * f * (1.0f / k) + 1;
-    return p * (vec)(__builtin_convertvector(n + 127, word) << 23);
 }
 
 // The first n of V rows as they are multiplied, the others 0: where they are, or in `room`.
@@ -86,8 +73,7 @@ static inline void fetch(const X* next, int g) {
 static void attend_chunk(const X* q, const X* k, const X* v, int n, float* out, float* lse) {
     float s[G][CHUNK], whole[G] = {};
     Y x[G * WIDTH], p[G][CHUNK], room[V * WIDTH], pairs[V * WIDTH];
-    vec y[G][WIDTH / V] = {}, place;
-    for (int i = 0; i < V; i++) place[i] = i;
+    vec y[G][WIDTH / V] = {};
     for (int i = 0; i < G * WIDTH; i++) x[i] = factor(q[i]);
     for (int i = 0; i < n; i += V) {
         const Y* tile = rows(k + i * WIDTH, n - i, room);
@@ -99,8 +85,7 @@ static void attend_chunk(const X* q, const X* k, const X* v, int n, float* out, 
                 for (int j = 0; j < V; j++)
                     dot[j] = add(dot[j], z, load<vector>(tile + j * WIDTH + d));
             }
-            vec score = sums(dot) / sqrtf(WIDTH);
-            score = place < float(n - i) ? score : vec{} - INFINITY;
+            vec score = only(sums(dot) / sqrtf(WIDTH), n - i);
             memcpy(s[g] + i, &score, sizeof score);
         }
     }
@@ -139,7 +124,8 @@ static void attend_chunk(const X* q, const X* k, const X* v, int n, float* out, 
 // q, out [B, K, G, WIDTH]; keys, values [B, K, ., WIDTH], with the strides of a row and of a head;
 // last [B] < S, the last position that each row sees.
 extern "C" void run(const X* q, const X* keys, const X* values, const int64_t* last, X* out,
-                    int64_t B, int64_t K, int64_t S, int64_t row, int64_t head, int threads) {
+                    int64_t B, int64_t, int64_t K, int64_t S, int64_t row, int64_t head,
+                    int threads) {
     int64_t chunks = (S + CHUNK - 1) / CHUNK;
     static thread_local std::vector<float> parts, lse;  // [B, K, chunks, G, WIDTH], [.., G]
     static thread_local std::vector<int64_t> tasks;     // [B + 1]: a row's first, of chunks in use

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import model as plain
-from lab import checkpoint, parallel, steps, template
+from lab import checkpoint, native, parallel, steps, template
 from lab.linear import Int8Linear, PackedLinear, exchange, packs
 from lab.ranks import Place
 from model import KVCache, Tokenizer, Transformer, UserError, causal_attention, rotate
@@ -84,9 +84,7 @@ def load(
         model.step = steps.CompiledStep(model)
     if on_cpu:
         steps.use_attention(model)
-        # With AMX, which oneDNN uses for bfloat16, ours were not timed.
-        tiles = dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
-        if spare > 0 and (quantize or pack and not tiles):
+        if spare > 0 and (quantize or pack and not native.has_tiles(dtype)):
             layers = [m for m in model.modules() if isinstance(m, layer)]
             steps.use_products(model.step, layers, dtype)
     if N > 1:

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor, nn
 
 from lab.steps import compare
+from model import masked_attention
 
 CHUNK = 256  # positions of a program, at any length: a row's bits depend on no other row
 MOST = 64  # rows of a product in 8 bits; with more, reading the weights is not what takes long
@@ -110,9 +111,16 @@ def merge_chunks(
     tl.store(out + at * h + d, y / total, mask=d < h)
 
 
+def attend(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+    """KVCache.attend's: one query per row here, several, of a prompt, by PyTorch."""
+    if q.shape[1] > 1:
+        return masked_attention(q, keys, values, positions, mask)
+    return attend_one(q, keys, values, positions, mask.shape[-1])
+
+
 @torch.library.custom_op("lab::attend", mutates_args=())
-def attend(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, S: int) -> Tensor:
-    """KVCache.attend for one query per row, [B, 1, H, h] -> [B, 1, H, h].
+def attend_one(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, S: int) -> Tensor:
+    """[B, 1, H, h] -> [B, 1, H, h], contiguous.
 
     keys, values [B, K, capacity, h]; positions, LongTensor [B, 1] < S: the last one that each row
     sees. Flash-Decoding (Dao et al., 2023): chunks of positions in parallel, merged by their sums
@@ -135,7 +143,7 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, S: int) -
     return out
 
 
-@attend.register_fake
+@attend_one.register_fake
 def _(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, S: int) -> Tensor:
     return q.new_empty(q.shape)
 

@@ -1,4 +1,4 @@
-// How PyTorch calls lab/attention.cpp and lab/products.cpp: as operations of its own. To call them
+// How PyTorch calls the kernels in C++: as operations of its own. To call them
 // by way of Python takes about as long as a small product.
 
 #include <ATen/Parallel.h>
@@ -22,9 +22,9 @@ static Tensor attend(const Tensor& query, const Tensor& keys, const Tensor& valu
     TORCH_CHECK(keys.scalar_type() == query.scalar_type());
     Tensor q = query.contiguous(), out = at::empty_like(q);
     auto run = (void (*)(const void*, const void*, const void*, const int64_t*, void*, int64_t,
-                         int64_t, int64_t, int64_t, int64_t, int))kernels[kernel];
+                         int64_t, int64_t, int64_t, int64_t, int64_t, int))kernels[kernel];
     run(q.const_data_ptr(), keys.const_data_ptr(), values.const_data_ptr(),
-        positions.const_data_ptr<int64_t>(), out.data_ptr(), q.size(0), keys.size(1), S,
+        positions.const_data_ptr<int64_t>(), out.data_ptr(), q.size(0), q.size(1), keys.size(1), S,
         keys.stride(0), keys.stride(1), at::get_num_threads());
     return out;
 }

@@ -24,6 +24,11 @@ SHAPES = {  # operation -> the shape of what it gives
 DTYPES = torch.float32, torch.bfloat16  # which lab/vectors.h has
 
 
+def has_tiles(dtype: torch.dtype) -> bool:
+    """Whether PyTorch multiplies by AMX, where our products for many rows were not timed."""
+    return dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
+
+
 @cache
 def build(name: str, **sizes: str | int) -> tuple[ctypes.CDLL, int]:
     """The library of lab/{name}.cpp for these sizes, and the number that torch.ops.lab knows it by.

@@ -8,15 +8,12 @@
 // goes from the first k to the last, however many other rows or threads there are.
 
 #include <algorithm>
-#include <type_traits>
 #include <vector>
 
 #include "vectors.h"
 
-constexpr int ROWS = V == 16 ? 12 : 6;  // rows whose sums fill the registers
-constexpr int COLUMNS = 2 * V, STEP = COLUMNS * P, DEPTH = 16384 / (STEP * sizeof(Y));
+constexpr int DEPTH = 16384 / (STEP * sizeof(Y));
 constexpr int MOST = 8 * ROWS;  // rows that are summed at once
-constexpr int LINE = 64;        // bytes of a cache line
 
 #if PAIRS
 static inline __m512 floats(const int8_t* x) {
@@ -47,38 +44,6 @@ static const Y* converted(const From* x, int64_t n, Y* room) {
 
 extern "C" const int columns = COLUMNS, pairs = P;
 
-// y [M, COLUMNS] += x [M, n P] (rows K apart) times w [n, COLUMNS, P]. With each of the n steps
-// lines of what comes next are fetched.
-template <int M>
-static void block(const Y* x, int64_t K, const Y* w, int n, float* y, const char* next,
-                  int stride) {
-    // One row of x, with weights that need no conversion, gains nothing by it.
-    constexpr bool fetched = M > 1 || !std::is_same_v<T, Y>;
-    vec a[M], b[M];
-    for (int m = 0; m < M; m++) a[m] = load<vec>(y + m * COLUMNS);
-    for (int m = 0; m < M; m++) b[m] = load<vec>(y + m * COLUMNS + V);
-    for (int k = 0; k < n; k++, w += STEP, next += stride) {
-        vector left = load<vector>(w), right = load<vector>(w + STEP / 2);
-        if (fetched) __builtin_prefetch(next);
-        if (fetched && stride > LINE) __builtin_prefetch(next + LINE);
-        for (int m = 0; m < M; m++) {
-            vector z = all(x + m * K + k * P);
-            a[m] = add(a[m], z, left), b[m] = add(b[m], z, right);
-        }
-    }
-    for (int m = 0; m < M; m++) memcpy(y + m * COLUMNS, a + m, sizeof(vec));
-    for (int m = 0; m < M; m++) memcpy(y + m * COLUMNS + V, b + m, sizeof(vec));
-}
-
-// The block of m <= M rows: for each number of rows there is a loop of its own.
-template <int M, typename... Rest>
-static void blocks(int m, Rest... rest) {
-    if constexpr (M > 1) {
-        if (m < M) return blocks<M - 1>(m, rest...);
-    }
-    block<M>(rest...);
-}
-
 // x [B, K], w [panels of N, K / P, COLUMNS, P], scale and bias [N] or null -> y [B, N]
 extern "C" void run(const X* x, const T* w, const X* scale, const X* bias, X* y, int64_t B,
                     int64_t K, int64_t N, int threads) {
@@ -92,18 +57,13 @@ extern "C" void run(const X* x, const T* w, const X* scale, const X* bias, X* y,
         float sums[MOST * COLUMNS];
         Y there[DEPTH * STEP];
         for (int64_t at = 0; at < B; at += MOST) {
-            int64_t count = std::min<int64_t>(MOST, B - at), groups = (count + ROWS - 1) / ROWS;
+            int64_t count = std::min<int64_t>(MOST, B - at);
             memset(sums, 0, count * COLUMNS * sizeof(float));
             for (int64_t k = 0; k < K; k += DEPTH * P) {
-                int n = std::min<int64_t>(DEPTH, (K - k) / P), stride = STEP * sizeof(T) / groups;
+                int n = std::min<int64_t>(DEPTH, (K - k) / P);
                 const T* here = w + (p * K + k) * COLUMNS;
                 const Y* weights = converted(here, n * STEP, there);
-                for (int64_t g = 0; g < groups; g++) {
-                    int64_t first = g * count / groups, m = (g + 1) * count / groups - first;
-                    const char* next = (const char*)(here + n * STEP) + g * n * stride;
-                    blocks<ROWS>(m, rows + (at + first) * K + k, K, weights, n,
-                                 sums + first * COLUMNS, next, stride);
-                }
+                multiply(rows + at * K + k, K, weights, n, sums, count, here + n * STEP);
             }
             for (int64_t b = 0; b < count; b++)
                 for (int64_t i = 0; i < width; i++) {

@@ -1,5 +1,6 @@
 """Faster steps for model.decode: compiled by Inductor, with our own kernels, or recorded once."""
 
+import math
 import sys
 import time
 from collections import deque
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lab import attention, products
-from model import KVCache, Transformer, UserError
+from model import KVCache, Transformer, UserError, masked_attention
 
 
 class CompiledStep:
@@ -111,7 +112,7 @@ def use_kernels(model: Transformer, layers: list[nn.Module]) -> None:
 
 
 def use_attention(model: Transformer) -> None:
-    """Decode with lab/attention.cpp, if it computes what PyTorch does; else a line says why not."""
+    """Attention in C++, if it computes what PyTorch does; else a line says why not."""
     c = model.config
     try:
         attend = attention.build(model.embed.weight.dtype, c.heads // c.kv_heads, c.head_dim)
@@ -144,22 +145,25 @@ def refuse(what: str, error: Exception) -> None:
 def check_attention(attend: Callable, model: Transformer) -> None:
     """ArithmeticError where a kernel and PyTorch differ by more than rounding.
 
-    On random numbers of the model's shapes: rows that end in their first chunk of 256 positions, in
-    the second, and with the third; what a row does not see is NaN.
+    On random numbers of the model's shapes, for a step's query and for a prompt's: rows that end in
+    their first chunk of 256 positions, in the second, and with the third. What is later is large.
     """
     c, E = model.config, model.embed.weight
     generator = torch.Generator(E.device).manual_seed(0)
-    shapes = (3, 1, c.heads, c.head_dim), *2 * [(3, c.kv_heads, 800, c.head_dim)]
-    q, keys, values = (
-        torch.randn(shape, generator=generator, device=E.device).to(E.dtype) for shape in shapes
-    )
-    positions = torch.tensor([0, 256, 767], device=E.device)[:, None]
-    seen = torch.arange(800, device=E.device) <= positions[:, :, None, None]
-    x, k, v = (x.float() for x in (q.transpose(1, 2), keys, values))
-    exact = F.scaled_dot_product_attention(x, k, v, seen, enable_gqa=True).transpose(1, 2)
-    for x in (keys, values):
-        x.masked_fill_(~seen.transpose(2, 3), float("nan"))
-    compare("attention", attend(q, keys, values, positions, 768), exact)
+    place = torch.arange(800, device=E.device)
+    for T in (1, 30):
+        shapes = (3, T, c.heads, c.head_dim), *2 * [(3, c.kv_heads, 800, c.head_dim)]
+        q, keys, values = (
+            torch.randn(shape, generator=generator, device=E.device).to(E.dtype) for shape in shapes
+        )
+        last = torch.tensor([T - 1, 256, 767], device=E.device)[:, None]
+        at = last - T + 1 + place[:T]
+        later = place[:768] > at.repeat(1, c.heads // c.kv_heads)[:, None, :, None]
+        mask = torch.zeros(later.shape, device=E.device).masked_fill(later, -math.inf)
+        exact = masked_attention(*(x.float() for x in (q, keys, values)), at, mask)
+        for x in (keys, values):
+            x.masked_fill_((place > last)[:, None, :, None], 1e4)
+        compare("attention", attend(q, keys, values, at, mask.to(E.dtype)), exact)
 
 
 @torch.inference_mode()

@@ -3,6 +3,7 @@
 import math
 import shutil
 import subprocess
+from itertools import product
 
 import pytest
 import torch
@@ -11,10 +12,18 @@ from conftest import PROCESSORS, close, compiled_whole
 from test_decode import Greedy, greedy, prompts, same_bits
 
 from lab import attention, native, steps
-from model import Prompt, Request, load
+from model import KVCache, Prompt, Request, load, masked_attention
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
 ROUNDING = {"float32": 2e-6, "float16": 2e-3, "bfloat16": 1.6e-2}
+
+
+@pytest.fixture
+def no_tiles(monkeypatch):
+    """As on a processor on which a prompt's attention is ours in bfloat16, too."""
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+
+
 LAST = (0, 6, 254, 255, 256, 699)  # the last positions of rows, in one, two and three chunks
 
 
@@ -47,8 +56,13 @@ def positions_of(last, device="cpu"):
     return torch.tensor(last, device=device)[:, None]
 
 
+def sized(S):
+    """A mask of which a kernel takes the size."""
+    return torch.empty(1, 1, 1, S)
+
+
 def check_exact(attend, q, keys, values):
-    y = attend(q, keys, values, positions_of(LAST, q.device), 768)
+    y = attend(q, keys, values, positions_of(LAST, q.device), sized(768))
     assert y.dtype == q.dtype and y.shape == q.shape
     expected = exact(q, keys, values)
     assert (y.cpu() - expected).abs().max() < ROUNDING[str(q.dtype)[6:]] * expected.abs().max()
@@ -56,13 +70,13 @@ def check_exact(attend, q, keys, values):
 
 def check_bits(attend, q, keys, values):
     """A row's bits depend on no size and on no neighbour."""
-    together = attend(q, keys, values, positions_of(LAST, q.device), 768)
+    together = attend(q, keys, values, positions_of(LAST, q.device), sized(768))
     for row, last in enumerate(LAST):  # in a cache that is just large enough
         alone = (x[row : row + 1, :, : last + 1].contiguous() for x in (keys, values))
-        y = attend(q[row : row + 1], *alone, positions_of([last], q.device), last + 1)
+        y = attend(q[row : row + 1], *alone, positions_of([last], q.device), sized(last + 1))
         assert torch.equal(y[0], together[row])
     flipped = (x.flip(0) for x in (q, keys, values))
-    again = attend(*flipped, positions_of(LAST[::-1], q.device), 900)
+    again = attend(*flipped, positions_of(LAST[::-1], q.device), sized(900))
     assert torch.equal(again.flip(0), together)
 
 
@@ -86,7 +100,7 @@ def test_a_rows_bits_depend_on_no_size_no_neighbour_and_no_number_of_threads(h, 
     found = []
     for number in (1, 2, 5):
         torch.set_num_threads(number)
-        found.append(attend(*parts, positions_of(LAST), 768))
+        found.append(attend(*parts, positions_of(LAST), sized(768)))
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
@@ -100,7 +114,7 @@ def test_what_is_not_finite_stays_so():
     attend, (q, keys, values) = attention.build(torch.float32, 1, 8), drawn(1, 1, 8, "float32")
     for part, place in ((q, (5, 0, 0, 1)), (keys, (4, 0, 100, 3)), (values, (3, 0, 255, 0))):
         part[place] = math.nan
-    y = attend(q, keys, values, positions_of(LAST), 768)
+    y = attend(q, keys, values, positions_of(LAST), sized(768))
     assert [bool(row.isfinite().all()) for row in y] == [True, True, True, False, False, False]
 
 
@@ -109,7 +123,7 @@ def test_bfloat16_is_rounded_to_the_nearest_and_ties_to_even():
     values[0, 0, :, 0] += torch.tensor([0, 2**-7])  # their mean lies between 1 and 1 + 2^-7
     values[0, 0, :, 1] += torch.tensor([2**-7, 2**-6])
     q, keys = torch.zeros(1, 1, 1, 8), torch.zeros(1, 1, 2, 8)
-    y = attend(q.bfloat16(), keys.bfloat16(), values.bfloat16(), positions_of([1]), 2)
+    y = attend(q.bfloat16(), keys.bfloat16(), values.bfloat16(), positions_of([1]), sized(2))
     assert y[0, 0, 0].tolist() == [1, 1 + 2**-6, *6 * [1]]
 
 
@@ -117,6 +131,128 @@ def test_the_process_still_computes_with_the_smallest_numbers():
     attention.build(torch.float32, 1, 8)
     smallest = torch.tensor(1e-40)
     assert (smallest / 2).item() > 0 and smallest.item() * 0.5 > 0
+
+
+# ---------------------------------------------------------------------------------------- prompts
+
+PROMPTS = ((0, 6), (0, 70), (200, 110), (255, 2), (500, 33))  # first position, queries
+
+
+def prompt_of(first, T, K, G, h, dtype):
+    """q, keys, values of two rows, the second 5 positions further; their positions."""
+    generator, S = torch.Generator().manual_seed(T), first + T + 5
+    q, keys, values = (
+        torch.randn(shape, generator=generator).to(dtype)
+        for shape in ((2, T, G * K, h), (2, K, S + 60, h), (2, K, S + 60, h))
+    )
+    for row in range(2):
+        last = first + 5 * row + T - 1
+        keys[row, :, last + 1 :], values[row, :, last + 1 :] = math.nan, math.inf
+    return q, keys, values, first + 5 * torch.arange(2)[:, None] + torch.arange(T)
+
+
+@pytest.mark.parametrize("dtype", native.DTYPES)
+@pytest.mark.parametrize("processor", PROCESSORS)
+@pytest.mark.parametrize("K, G, h", HEADS)
+def test_a_prompts_queries_see_what_stands_before_them_and_themselves(
+    K, G, h, processor, dtype, as_on, no_tiles
+):
+    as_on(processor)
+    attend = attention.build(dtype, G, h)
+    for first, T in PROMPTS:
+        q, keys, values, at = prompt_of(first, T, K, G, h, dtype)
+        y = attend(q, keys, values, at, sized(at.max() + 1))
+        assert y.shape == q.shape and y.dtype == q.dtype
+        for row, t in product(range(2), (0, 1, T // 2, T - 1)):
+            seen = at[row, t] + 1
+            k, v = (
+                x[row, :, :seen].double().repeat_interleave(G, 0) for x in (keys, values)
+            )  # [H, seen, h]
+            scores = (k @ q[row, t].double()[:, :, None])[..., 0] / math.sqrt(h)
+            expected = (scores.softmax(-1)[:, None] @ v)[:, 0]
+            most = ROUNDING[str(dtype)[6:]] * expected.abs().max()
+            assert (y[row, t] - expected).abs().max() < most
+
+
+@pytest.mark.parametrize("dtype", native.DTYPES)
+def test_a_querys_bits_depend_on_no_other_query_and_no_number_of_threads(
+    dtype, one_thread, no_tiles
+):
+    attend = attention.build(dtype, 3, 80)
+    q, keys, values, at = prompt_of(200, 110, 2, 3, 80, dtype)
+    together = attend(q, keys, values, at, sized(315))
+    for first, last in ((0, 2), (1, 60), (57, 110)):
+        part = attend(q[:, first:last], keys, values, at[:, first:last].contiguous(), sized(315))
+        assert torch.equal(part, together[:, first:last])
+    for row in range(2):
+        alone = attend(*(x[row : row + 1] for x in (q, keys, values, at)), sized(315))
+        assert torch.equal(alone[0], together[row])
+    for number in (1, 2, 5):
+        torch.set_num_threads(number)
+        assert torch.equal(attend(q, keys, values, at, sized(315)), together)
+
+
+@pytest.mark.parametrize("scale", [0, 1e-20, 30, 300])
+def test_a_prompts_scores_may_be_of_any_size(scale):
+    q, keys, values, at = prompt_of(255, 110, 1, 1, 8, torch.float32)
+    keys[:, :, :300:7] *= 5  # larger ones come late, too
+    y = attention.build(q.dtype, 1, 8)(scale * q, keys, values, at, sized(370))
+    for row, t in product(range(2), range(110)):
+        k, v = (x[row, 0, : at[row, t] + 1].double() for x in (keys, values))
+        scores = k @ (scale * q[row, t, 0]).double() / math.sqrt(8)
+        most = 2e-6 + 2e-7 * scores.abs().max()  # scores are rounded, too
+        assert (y[row, t, 0] - torch.softmax(scores, 0) @ v).abs().max() < most * v.abs().max()
+
+
+@pytest.mark.parametrize("part, place", [(0, (0, 50, 0)), (1, (0, 0, 290)), (2, (0, 0, 290))])
+def test_in_a_prompt_what_is_not_finite_stays_so(part, place):
+    *parts, at = prompt_of(200, 110, 1, 1, 8, torch.float32)
+    parts[part][place] = math.nan
+    y = attention.build(torch.float32, 1, 8)(*parts, at, sized(315))
+    finite, t = y[0].isfinite().all((1, 2)), torch.arange(110)
+    if part == 0:
+        assert torch.equal(finite, t != 50)
+    else:  # what is seen later is multiplied by 0, and not all of it is left out
+        assert not finite[90:].any() and finite[: 32 if part == 2 else 90].all()
+    assert y[1].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["qwen2", "llama3"])
+def test_a_prompt_says_what_it_says_to_pytorch(family, dtype, folder_of, no_tiles):
+    model, _ = load(str(folder_of(family)), "cpu", dtype)
+    embeds = model.embed(torch.arange(200)[None] % 250)
+
+    def hidden():
+        """By chunks of 90, 109 and 1."""
+        cache, found = KVCache(model, 1, 0), []
+        for part in embeds.split([90, 109, 1], 1):
+            cache.reserve(200)
+            found.append(model(part, cache))
+        return torch.cat(found, 1)
+
+    with torch.inference_mode():
+        expected = hidden()
+        steps.use_attention(model)
+        found = hidden()
+    assert not torch.equal(found, expected)  # it is used
+    assert close(found, expected, 1e-5 if dtype == "float32" else 0.03)
+
+
+def test_where_pytorch_has_tiles_a_prompt_is_its_own(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    for dtype in native.DTYPES:
+        q, keys, values, at = prompt_of(200, 110, 1, 1, 8, dtype)
+        seen = []
+        with monkeypatch.context() as patch:
+            patch.setattr(attention, "masked_attention", lambda *x, seen=seen: seen.append(x))
+            attend = attention.build(dtype, 1, 8)
+            attend(q, keys, values, at, sized(315))
+            attend(q[:, :1], keys, values, at[:, :1].contiguous(), sized(315))
+        assert len(seen) == (dtype == torch.bfloat16)
+
+
+# --------------------------------------------------------------------------------------- decoding
 
 
 def logits_of(model):
@@ -130,7 +266,7 @@ def test_decoding_with_it_says_what_plain_decoding_says(family, folder_of, capsy
     model, _ = load(str(folder_of(family)), "cpu", "float32")
     expected = logits_of(model)
     steps.use_attention(model)
-    assert model.attention is not None and not capsys.readouterr().err
+    assert model.attention is not masked_attention and not capsys.readouterr().err
     found = logits_of(model)
     assert all(torch.equal(found[i].argmax(-1), x.argmax(-1)) for i, x in expected.items())
     assert all(close(found[i], x, 1e-5) for i, x in expected.items())
@@ -161,7 +297,7 @@ def test_where_it_cannot_be_used_a_line_says_so(folder_of, monkeypatch, capsys):
     def said(dtype="float32"):
         model, _ = load(folder, "cpu", dtype)
         steps.use_attention(model)
-        assert model.attention is None and len(logits_of(model)) == 9
+        assert model.attention is masked_attention and len(logits_of(model)) == 9
         line, begins = (
             capsys.readouterr().err,
             "attention in C++ cannot be used here, PyTorch's is (",

@@ -1,0 +1,144 @@
+// Attention of a prompt on a CPU: many queries per row, each over all positions up to its own.
+//
+// FlashAttention (Dao et al., 2022): positions in tiles, and what is summed is corrected when a
+// larger score is met. lab/attention.py compiles it for a model's numbers (float or bfloat16), G
+// (query heads of a KV head) and WIDTH (of a head, even). Both products are lab/vectors.h's: for
+// many queries a tile's keys and values are laid out in panels once.
+
+#include <algorithm>
+#include <memory>
+
+#include "vectors.h"
+
+constexpr int TILE = 256;             // positions, from a multiple of it on, at any length
+constexpr int LEAST = 16, MOST = 64;  // queries of a task; each has G heads, which are its rows
+constexpr int ROOM = MOST * G;        // rows of a task
+constexpr int HELD = 24;              // rows whose scores are held at once
+constexpr int PARTS = (WIDTH + COLUMNS - 1) / COLUMNS;  // panels of a tile's values
+
+struct Room {  // what a thread works in
+    Y x[ROOM * WIDTH];                 // [rows, WIDTH]: queries
+    Y keys[TILE * WIDTH];              // [TILE / COLUMNS, WIDTH / P, COLUMNS, P]
+    Y values[PARTS * TILE * COLUMNS];  // [PARTS, TILE / P, COLUMNS, P]
+    float scores[HELD * TILE];         // [panels, rows, COLUMNS]
+    Y weights[HELD * TILE];            // [rows, TILE]
+    float y[PARTS * ROOM * COLUMNS];   // [PARTS, ROOM, COLUMNS]: sums of weights times values
+    float most[ROOM], sum[ROOM];       // the largest score, the sum of weights
+};
+
+// n keys and values of a tile, [n, WIDTH], in panels; what is not there is 0.
+static void lay_out(const X* keys, const X* values, int n, Room& room) {
+    if (n < TILE) memset(room.keys, 0, sizeof room.keys);
+    if (n < TILE || WIDTH % COLUMNS) memset(room.values, 0, sizeof room.values);
+    for (int i = 0; i < n; i++)
+        for (int d = 0; d < WIDTH; d += P) {
+            Y* step = room.keys + (i / COLUMNS * WIDTH + d) * COLUMNS + i % COLUMNS * P;
+            for (int p = 0; p < P; p++) step[p] = factor(keys[i * WIDTH + d + p]);
+        }
+    for (int i = 0; i < n; i += P) {
+        const X *one = values + i * WIDTH, *other = i + 1 < n ? one + WIDTH : one;
+        for (int part = 0; part < PARTS; part++) {
+            Y* step = room.values + (part * TILE + i) * COLUMNS;
+            for (int d = part * COLUMNS; d < std::min(WIDTH, (part + 1) * COLUMNS); d++)
+                for (int p = 0; p < P; p++) *step++ = factor(p ? other[d] : one[d]);
+        }
+    }
+}
+
+// A row's weights, e^(score - most), of the first n positions of a tile, 0 for the others of its
+// panels, which are `stride` apart. -> What sums of weights until now have to be multiplied by.
+static float soften(float* scores, int panels, int stride, int64_t n, Y* weights, float& most,
+                    float& sum) {
+    const float scale = 1 / sqrtf(WIDTH), before = most;
+    vec largest = vec{} - INFINITY, total = {};
+    for (int p = 0; p < panels; p++)
+        for (int c = 0; c < COLUMNS; c += V) {
+            vec z = load<vec>(scores + p * stride + c);
+            if (n < p * COLUMNS + c + V) {
+                z = only(z, n - p * COLUMNS - c);
+                memcpy(scores + p * stride + c, &z, sizeof z);
+            }
+            largest = z > largest ? z : largest;
+        }
+    for (int i = 0; i < V; i++) most = std::max(most, largest[i]);
+    for (int p = 0; p < panels; p++)
+        for (int c = 0; c < COLUMNS; c += V) {
+            vec e = exponential((load<vec>(scores + p * stride + c) - most) * scale);
+            total += e;
+#if PAIRS
+            __m256bh w = _mm512_cvtneps_pbh((__m512)e);
+#else
+            vec w = e;
+#endif
+            memcpy(weights + p * COLUMNS + c, &w, sizeof w);
+        }
+    float decay = expf((before - most) * scale);
+    sum *= decay;
+    for (int i = 0; i < V; i++) sum += total[i];
+    return decay;
+}
+
+// q [n, G, WIDTH], with a stride, at positions [n], over keys and values [., WIDTH] -> out, as q
+static void attend(const X* q, const X* keys, const X* values, const int64_t* positions, X* out,
+                   int n, int64_t stride, Room& room) {
+    int rows = n * G;
+    for (int i = 0; i < n; i++)
+        for (int j = 0; j < G * WIDTH; j++) room.x[i * G * WIDTH + j] = factor(q[i * stride + j]);
+    for (int i = 0; i < rows; i++) room.most[i] = -INFINITY, room.sum[i] = 0;
+    memset(room.y, 0, sizeof room.y);
+    for (int64_t start = 0; start <= positions[n - 1]; start += TILE) {
+        int there = std::min<int64_t>(TILE, positions[n - 1] + 1 - start);
+        lay_out(keys + start * WIDTH, values + start * WIDTH, there, room);
+        for (int first = 0; first < rows; first += HELD) {
+            int count = std::min(HELD, rows - first);
+            int64_t seen = positions[(first + count - 1) / G] + 1 - start;  // by the last of them
+            int panels = (std::clamp<int64_t>(seen, 0, TILE) + COLUMNS - 1) / COLUMNS;
+            memset(room.scores, 0, panels * count * COLUMNS * sizeof(float));
+            for (int p = 0; p < panels; p++) {
+                const Y* k = room.keys + p * COLUMNS * WIDTH;
+                multiply(room.x + first * WIDTH, WIDTH, k, WIDTH / P,
+                         room.scores + p * count * COLUMNS, count, k + COLUMNS * WIDTH);
+            }
+            for (int i = 0; i < count && panels; i++) {
+                int row = first + i;
+                float decay = soften(room.scores + i * COLUMNS, panels, count * COLUMNS,
+                                     positions[row / G] + 1 - start, room.weights + i * TILE,
+                                     room.most[row], room.sum[row]);
+                for (int part = 0; part < PARTS && decay < 1; part++)
+                    for (int c = 0; c < COLUMNS; c++)
+                        room.y[(part * ROOM + row) * COLUMNS + c] *= decay;
+            }
+            for (int part = 0; part < PARTS; part++) {
+                const Y* v = room.values + part * TILE * COLUMNS;
+                multiply(room.weights, TILE, v, panels * COLUMNS / P,
+                         room.y + (part * ROOM + first) * COLUMNS, count, v + TILE * COLUMNS);
+            }
+        }
+    }
+    for (int row = 0; row < rows; row++)
+        for (int d = 0; d < WIDTH; d++) {
+            float sum = room.y[(d / COLUMNS * ROOM + row) * COLUMNS + d % COLUMNS];
+            store(out + row / G * stride + row % G * WIDTH + d, sum / room.sum[row]);
+        }
+}
+
+// q, out [B, T, K, G, WIDTH]; keys, values [B, K, ., WIDTH], with the strides of a row and of a
+// head; positions [B, T], one after another in each row: the last that each query sees.
+extern "C" void run(const X* q, const X* keys, const X* values, const int64_t* positions, X* out,
+                    int64_t B, int64_t T, int64_t K, int64_t, int64_t row, int64_t head,
+                    int threads) {
+    int64_t length = std::clamp<int64_t>(B * K * T / (4 * threads), LEAST, MOST);
+    int64_t parts = (T + length - 1) / length, stride = K * G * WIDTH;
+#pragma omp parallel num_threads(threads)
+    {
+        auto room = std::make_unique_for_overwrite<Room>();
+#pragma omp for schedule(dynamic)
+        for (int64_t task = B * K * parts - 1; task >= 0; task--) {  // the longest ones first
+            int64_t bk = task % (B * K), b = bk / K, first = task / (B * K) * length;
+            int64_t at = (b * T + first) * stride + bk % K * G * WIDTH;
+            int64_t there = b * row + bk % K * head;
+            attend(q + at, keys + there, values + there, positions + b * T + first, out + at,
+                   std::min(length, T - first), stride, *room);
+        }
+    }
+}
