@@ -132,16 +132,6 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
     return y.transpose(1, 2)
 
 
-def masked_attention(q: Tensor, keys: Tensor, values: Tensor, at: Tensor, mask: Tensor) -> Tensor:
-    """KVCache.attend's: q [B, T, H, h], keys and values [B, K, capacity, h] -> [B, T, H, h]."""
-    # mask [B, 1, G T or 1, S] is added to scores; at [B, T], for kernels: the last that one sees.
-    (B, T, H, h), K, S = q.shape, keys.shape[1], mask.shape[-1]
-    # A group's G = H / K query heads stand where positions would: their keys are read once.
-    q = q.view(B, T, K, -1, h).permute(0, 2, 3, 1, 4).reshape(B, K, -1, h)
-    y = F.scaled_dot_product_attention(q, keys[:, :, :S], values[:, :, :S], attn_mask=mask)
-    return y.view(B, K, -1, T, h).permute(0, 3, 1, 2, 4).reshape(B, T, H, h)
-
-
 class Attention(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
@@ -189,10 +179,11 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Embeddings in, hidden states out; differentiable. Modules are named as in checkpoints."""
 
-    planner: Callable | None = None  # set by lab/fast.py, as the next three: how many rows fit
+    # Set by lab/fast.py, which may replace `step` too:
+    planner: Callable | None = None  # how many rows fit in memory
     recorder: Callable | None = None  # a step that is recorded once and replayed
     agree: Callable | None = None  # one process decides a step for all
-    attention: Callable = staticmethod(masked_attention)  # KVCache.attend's
+    attention: Callable | None = None  # a kernel, in place of masked_attention
 
     def __init__(self, config: Config):
         super().__init__()
@@ -255,6 +246,16 @@ class Transformer(nn.Module):
         return self.planner(self, rows, prompt, new) if self.planner else rows
 
 
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+    """Queries [B, T, H, h] over the first S positions of a cache's k, v [B, K, capacity, h]."""
+    # mask [B, 1, G T, S]: 0, or -inf for what a query does not see. positions [B, T], the last that
+    # it sees, are for kernels. A group's G heads stand where positions would: keys are read once.
+    (B, T, H, h), K, S = q.shape, k.shape[1], mask.shape[-1]
+    q = q.view(B, T, K, -1, h).permute(0, 2, 3, 1, 4).reshape(B, K, -1, h)
+    y = F.scaled_dot_product_attention(q, k[:, :, :S], v[:, :, :S], attn_mask=mask)
+    return y.view(B, K, -1, T, h).permute(0, 3, 1, 2, 4).reshape(B, T, H, h)
+
+
 class KVCache:
     """Keys and values of `rows` sequences, each at its own length: [rows, K, capacity, h] a layer.
 
@@ -271,7 +272,7 @@ class KVCache:
         shape = (rows, self.K, self.rounded(capacity, weight.device) + 1, c.head_dim)
         self.keys, self.values = ([weight.new_zeros(shape) for _ in model.layers] for _ in range(2))
         self.S, self.mask, self.positions = 0, None, None
-        self.most, self.attention = 0, model.attention  # most: positions that a row may come to
+        self.attention, self.most = model.attention or masked_attention, 0
 
     @staticmethod
     def rounded(longest: int, device: torch.device) -> int:
@@ -281,7 +282,7 @@ class KVCache:
         return -(-longest // step) * step
 
     def reserve(self, longest: int) -> None:
-        """Have room for rows of up to that many positions; grows to twice the room, or `most`."""
+        """Have room for rows of up to that many positions; grows to twice, `most` at most."""
         self.S, old = self.rounded(longest, self.lengths.device), self.keys[0].shape[2]
         # One more, never read: if attention read whole tensors, it would be compiled anew.
         room = max(self.S, min(2 * old, self.rounded(self.most, self.lengths.device))) + 1
@@ -304,8 +305,7 @@ class KVCache:
         steps = torch.arange(self.S, device=self.lengths.device)
         self.positions = self.lengths[:, None] + steps[:T]
         self.lengths += T
-        later = steps > self.positions.repeat(1, self.G if T > 1 else 1)[:, None, :, None]
-        # 0, or -inf where a position is not to be seen: [rows, 1, G * T, S], or [rows, 1, 1, S]
+        later = steps > self.positions.repeat(1, self.G)[:, None, :, None]  # [rows, 1, G T, S]
         self.mask = self.keys[0].new_zeros(later.shape).masked_fill_(later, -math.inf)
         return self.positions, self.S
 
@@ -442,7 +442,7 @@ def decode(
                 budget -= coming.prompt.prefill(model)
                 continue
             row, T = slots.index(None), len(coming.prompt.embeds) - 1
-            cache.most = max(cache.most, min(T + 1 + N, c.context))
+            cache.most = max(cache.most, min(T + 1 + N, c.context))  # positions that a row may need
             cache.take(row, coming.prompt.cache, T)
             coming.rng = np.random.default_rng(coming.seeds)
             u[row] = torch.from_numpy(coming.rng.random(N + 1, dtype=np.float32))
@@ -533,7 +533,7 @@ class Tokenizer:
         text = re.sub(r"(\{%[-+]?\s*(?:end)?)generation\b", r"\1with", text or "")
         # Anybody can write a template: it runs in the sandbox, without Python's internals.
         env = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-        env.filters["tojson"] = lambda x, **how: json.dumps(x, ensure_ascii=False, **how)
+        env.filters["tojson"] = lambda x, **how: json.dumps(x, **{"ensure_ascii": False} | how)
         env.globals |= {"raise_exception": refuse_chat, "strftime_now": time.strftime}
         self.template = env.from_string(text) if text else None
 

@@ -38,7 +38,7 @@ from lab import fast, files, flags, peers, ranks, timing
 from lab.linear import Int8Linear
 from lab.timing import Clock
 from model import Prompt, Request, Tokenizer, Transformer, UserError, check_prompt, decode
-from model import masked_attention, weight_paths
+from model import weight_paths
 from soft_reasoning import Generation, Perturbed
 from soft_thinking import Settings, SoftThinking
 
@@ -151,8 +151,8 @@ def bench_decoding(args: argparse.Namespace) -> tuple[list[str], dict]:
     weights = sum(x.nbytes for m in linear for x in m.state_dict().values())
     kernel = model.attention
     ways = {"greedy": ("greedy", kernel), "concept tokens": ("soft", kernel)}
-    if kernel is not masked_attention and not args.compile:  # what the kernel saves
-        ways["greedy, PyTorch's attention"] = "greedy", masked_attention
+    if kernel and not args.compile:  # what the kernel saves
+        ways["greedy, PyTorch's attention"] = "greedy", None
     contenders: dict[str, Callable[[int, int], float | None]] = {
         name: lambda length, batch, way=way: ours(
             model, tokenizer, way, prompts[length], batch, args.tokens

@@ -84,7 +84,7 @@ def load(
         model.step = steps.CompiledStep(model)
     if on_cpu:
         steps.use_attention(model)
-        if spare > 0 and (quantize or pack and not native.has_tiles(dtype)):
+        if spare > 0 and (quantize or pack and not native.has_amx(dtype)):
             layers = [m for m in model.modules() if isinstance(m, layer)]
             steps.use_products(model.step, layers, dtype)
     if N > 1:

@@ -111,11 +111,11 @@ def merge_chunks(
     tl.store(out + at * h + d, y / total, mask=d < h)
 
 
-def attend(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
-    """KVCache.attend's: one query per row here, several, of a prompt, by PyTorch."""
+def attend(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+    """What stands in for model.masked_attention, of which prompts, several queries, remain."""
     if q.shape[1] > 1:
-        return masked_attention(q, keys, values, positions, mask)
-    return attend_one(q, keys, values, positions, mask.shape[-1])
+        return masked_attention(q, k, v, positions, mask)
+    return attend_one(q, k, v, positions, mask.shape[-1])
 
 
 @torch.library.custom_op("lab::attend", mutates_args=())

@@ -24,8 +24,8 @@ SHAPES = {  # operation -> the shape of what it gives
 DTYPES = torch.float32, torch.bfloat16  # which lab/vectors.h has
 
 
-def has_tiles(dtype: torch.dtype) -> bool:
-    """Whether PyTorch multiplies by AMX, where our products for many rows were not timed."""
+def has_amx(dtype: torch.dtype) -> bool:
+    """Whether PyTorch multiplies by AMX: there our products for many rows were not timed."""
     return dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
 
 

@@ -3,20 +3,20 @@
 // FlashAttention (Dao et al., 2022): positions in tiles, and what is summed is corrected when a
 // larger score is met. lab/attention.py compiles it for a model's numbers (float or bfloat16), G
 // (query heads of a KV head) and WIDTH (of a head, even). Both products are lab/vectors.h's: for
-// many queries a tile's keys and values are laid out in panels once.
+// each task, which is some queries, a tile's keys and values are laid out in panels.
 
 #include <algorithm>
 #include <memory>
 
 #include "vectors.h"
 
-constexpr int TILE = 256;             // positions, from a multiple of it on, at any length
+constexpr int TILE = 256;             // positions, at any length: bits depend on no other query
 constexpr int LEAST = 16, MOST = 64;  // queries of a task; each has G heads, which are its rows
 constexpr int ROOM = MOST * G;        // rows of a task
 constexpr int HELD = 24;              // rows whose scores are held at once
 constexpr int PARTS = (WIDTH + COLUMNS - 1) / COLUMNS;  // panels of a tile's values
 
-struct Room {  // what a thread works in
+struct Workspace {  // what a thread works in
     Y x[ROOM * WIDTH];                 // [rows, WIDTH]: queries
     Y keys[TILE * WIDTH];              // [TILE / COLUMNS, WIDTH / P, COLUMNS, P]
     Y values[PARTS * TILE * COLUMNS];  // [PARTS, TILE / P, COLUMNS, P]
@@ -26,8 +26,8 @@ struct Room {  // what a thread works in
     float most[ROOM], sum[ROOM];       // the largest score, the sum of weights
 };
 
-// n keys and values of a tile, [n, WIDTH], in panels; what is not there is 0.
-static void lay_out(const X* keys, const X* values, int n, Room& room) {
+// n keys and values of a tile, [n, WIDTH], in panels; what is not there is 0, or has weight 0.
+static void lay_out(const X* keys, const X* values, int n, Workspace& room) {
     if (n < TILE) memset(room.keys, 0, sizeof room.keys);
     if (n < TILE || WIDTH % COLUMNS) memset(room.values, 0, sizeof room.values);
     for (int i = 0; i < n; i++)
@@ -47,8 +47,8 @@ static void lay_out(const X* keys, const X* values, int n, Room& room) {
 
 // A row's weights, e^(score - most), of the first n positions of a tile, 0 for the others of its
 // panels, which are `stride` apart. -> What sums of weights until now have to be multiplied by.
-static float soften(float* scores, int panels, int stride, int64_t n, Y* weights, float& most,
-                    float& sum) {
+static float online_softmax(float* scores, int panels, int stride, int64_t n, Y* weights,
+                            float& most, float& sum) {
     const float scale = 1 / sqrtf(WIDTH), before = most;
     vec largest = vec{} - INFINITY, total = {};
     for (int p = 0; p < panels; p++)
@@ -80,7 +80,7 @@ static float soften(float* scores, int panels, int stride, int64_t n, Y* weights
 
 // q [n, G, WIDTH], with a stride, at positions [n], over keys and values [., WIDTH] -> out, as q
 static void attend(const X* q, const X* keys, const X* values, const int64_t* positions, X* out,
-                   int n, int64_t stride, Room& room) {
+                   int n, int64_t stride, Workspace& room) {
     int rows = n * G;
     for (int i = 0; i < n; i++)
         for (int j = 0; j < G * WIDTH; j++) room.x[i * G * WIDTH + j] = factor(q[i * stride + j]);
@@ -101,9 +101,10 @@ static void attend(const X* q, const X* keys, const X* values, const int64_t* po
             }
             for (int i = 0; i < count && panels; i++) {
                 int row = first + i;
-                float decay = soften(room.scores + i * COLUMNS, panels, count * COLUMNS,
-                                     positions[row / G] + 1 - start, room.weights + i * TILE,
-                                     room.most[row], room.sum[row]);
+                float decay = online_softmax(
+                    room.scores + i * COLUMNS, panels, count * COLUMNS,
+                    positions[row / G] + 1 - start, room.weights + i * TILE, room.most[row],
+                    room.sum[row]);
                 for (int part = 0; part < PARTS && decay < 1; part++)
                     for (int c = 0; c < COLUMNS; c++)
                         room.y[(part * ROOM + row) * COLUMNS + c] *= decay;
@@ -131,7 +132,7 @@ extern "C" void run(const X* q, const X* keys, const X* values, const int64_t* p
     int64_t parts = (T + length - 1) / length, stride = K * G * WIDTH;
 #pragma omp parallel num_threads(threads)
     {
-        auto room = std::make_unique_for_overwrite<Room>();
+        auto room = std::make_unique_for_overwrite<Workspace>();
 #pragma omp for schedule(dynamic)
         for (int64_t task = B * K * parts - 1; task >= 0; task--) {  // the longest ones first
             int64_t bk = task % (B * K), b = bk / K, first = task / (B * K) * length;

@@ -20,7 +20,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 
-from lab import at_k, cli, files, flags, grading, tables, tasks
+from lab import at_k, cli, files, flags, grading, programs, tables, tasks
 from lab.results import KEY, graded
 from lab.rows import plain_row
 from lab.schema import check_record
@@ -177,11 +177,15 @@ def finished(path: str, records: list[dict]) -> tuple[dict[str, list[list[dict]]
     return {method: [found[method][name] for name in whole] for method in methods}, whole
 
 
-def regrade(path: str, output: str | None, wanted: str | None, at: list[int]) -> None:
+def regrade(
+    path: str, output: str | None, wanted: str | None, at: list[int], run_code: bool = False
+) -> None:
     old = read(path)
     task = only_task(path, old, wanted)
     settings = only_settings(path, old, grading.grader(task))
     problems = problems_of(path, old, task)
+    if any(problem.kind == "code" for problem in problems.values()):
+        programs.permitted(path, run_code)
     new = [regraded(record, problems[record["problem"]], task) for record in old]
     records, names = finished(path, new)
     if output:
@@ -221,7 +225,7 @@ def command(arguments: list[str]) -> int:
     parser.add_argument("file", metavar="FILE", help="result file of a run's --output")
     output = {"help": "write the records there, graded anew; FILE itself stays as it is"}
     task = {"help": "refuse a file of another task than this one"}
-    flags.add_flags(parser, "task output", task=task, output=output)
+    flags.add_flags(parser, "task output run-generated-code", task=task, output=output)
     k = "also pass@k and majority@k, for these k: 1,4,16"
     parser.add_argument("--at", type=numbers, metavar="K,K", default=[], help=k)
     args: argparse.Namespace = parser.parse_args(arguments)
@@ -229,7 +233,7 @@ def command(arguments: list[str]) -> int:
     def body() -> None:
         flags.check_given(args)
         with files.reserved(args.output):
-            regrade(args.file, args.output, args.task, args.at)
+            regrade(args.file, args.output, args.task, args.at, args.run_generated_code)
 
     return cli.guarded("lab.regrade", body)
 

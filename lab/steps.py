@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lab import attention, products
+from lab import attention, native, products
 from model import KVCache, Transformer, UserError, masked_attention
 
 
@@ -101,7 +101,7 @@ def use_kernels(model: Transformer, layers: list[nn.Module]) -> None:
     try:
         from lab import kernels  # here: not every system has Triton
 
-        check_attention(kernels.attend, model)
+        check_attention(kernels.attend, model, 1)
         kernels.check_products(layers)
     except Exception as error:  # noqa: BLE001 (of Triton, of its compiler, of the driver)
         refuse("Triton's kernels cannot be used here, PyTorch's are", error)
@@ -113,10 +113,11 @@ def use_kernels(model: Transformer, layers: list[nn.Module]) -> None:
 
 def use_attention(model: Transformer) -> None:
     """Attention in C++, if it computes what PyTorch does; else a line says why not."""
-    c = model.config
+    c, dtype = model.config, model.embed.weight.dtype
     try:
-        attend = attention.build(model.embed.weight.dtype, c.heads // c.kv_heads, c.head_dim)
-        check_attention(attend, model)
+        attend = attention.build(dtype, c.heads // c.kv_heads, c.head_dim)
+        # With AMX a prompt is PyTorch's.
+        check_attention(attend, model, *((1,) if native.has_amx(dtype) else (1, 30)))
     except Exception as error:  # noqa: BLE001 (of the compiler, of the system)
         refuse("attention in C++ cannot be used here, PyTorch's is", error)
         return
@@ -142,16 +143,16 @@ def refuse(what: str, error: Exception) -> None:
 
 
 @torch.inference_mode()
-def check_attention(attend: Callable, model: Transformer) -> None:
+def check_attention(attend: Callable, model: Transformer, *queries: int) -> None:
     """ArithmeticError where a kernel and PyTorch differ by more than rounding.
 
-    On random numbers of the model's shapes, for a step's query and for a prompt's: rows that end in
-    their first chunk of 256 positions, in the second, and with the third. What is later is large.
+    On random numbers of the model's shapes, for so many queries per row: rows that end in their
+    first chunk of 256 positions, in the second, and with the third; what is behind is NaN.
     """
     c, E = model.config, model.embed.weight
     generator = torch.Generator(E.device).manual_seed(0)
     place = torch.arange(800, device=E.device)
-    for T in (1, 30):
+    for T in queries:
         shapes = (3, T, c.heads, c.head_dim), *2 * [(3, c.kv_heads, 800, c.head_dim)]
         q, keys, values = (
             torch.randn(shape, generator=generator, device=E.device).to(E.dtype) for shape in shapes
@@ -162,7 +163,7 @@ def check_attention(attend: Callable, model: Transformer) -> None:
         mask = torch.zeros(later.shape, device=E.device).masked_fill(later, -math.inf)
         exact = masked_attention(*(x.float() for x in (q, keys, values)), at, mask)
         for x in (keys, values):
-            x.masked_fill_((place > last)[:, None, :, None], 1e4)
+            x.masked_fill_((place > last)[:, None, :, None], math.nan)
         compare("attention", attend(q, keys, values, at, mask.to(E.dtype)), exact)
 
 

@@ -74,7 +74,8 @@ static inline vec only(vec x, int64_t n) {
     return place < float(n) ? x : vec{} - INFINITY;
 }
 
-// e^x for x <= 0: 2^n e^f, e^f by its series, to about the last digit of X; 0 below e^-87.
+// e^x for x <= 0: 2^n e^f, e^f by its series, to 1e-4 of it for bfloat16, else to float32's last
+// digit or two; 0 below e^-87.
 static inline vec exponential(vec x) {
     constexpr float magic = 3 << 22;  // x + magic - magic is x, rounded to an integer
     constexpr float series[] = {1.f / 5040, 1.f / 720, 1.f / 120, 1.f / 24, 1.f / 6, .5f, 1, 1};

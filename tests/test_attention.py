@@ -1,9 +1,8 @@
-"""lab/attention.cpp: softmax attention over what a row may see, and over nothing else."""
+"""lab/attention.cpp, lab/prefill.cpp: softmax over what a query may see, and over nothing else."""
 
 import math
 import shutil
 import subprocess
-from itertools import product
 
 import pytest
 import torch
@@ -12,19 +11,17 @@ from conftest import PROCESSORS, close, compiled_whole
 from test_decode import Greedy, greedy, prompts, same_bits
 
 from lab import attention, native, steps
-from model import KVCache, Prompt, Request, load, masked_attention
+from model import KVCache, Prompt, Request, load
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
 ROUNDING = {"float32": 2e-6, "float16": 2e-3, "bfloat16": 1.6e-2}
+LAST = (0, 6, 254, 255, 256, 699)  # the last positions of rows, in one, two and three chunks
 
 
 @pytest.fixture
-def no_tiles(monkeypatch):
+def no_amx(monkeypatch):
     """As on a processor on which a prompt's attention is ours in bfloat16, too."""
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-
-
-LAST = (0, 6, 254, 255, 256, 699)  # the last positions of rows, in one, two and three chunks
 
 
 def drawn(K, G, h, dtype, device="cpu", capacity=900):
@@ -135,7 +132,7 @@ def test_the_process_still_computes_with_the_smallest_numbers():
 
 # ---------------------------------------------------------------------------------------- prompts
 
-PROMPTS = ((0, 6), (0, 70), (200, 110), (255, 2), (500, 33))  # first position, queries
+PROMPTS = ((0, 6), (0, 70), (200, 110), (255, 2), (100, 512))  # first position, queries
 
 
 def prompt_of(first, T, K, G, h, dtype):
@@ -151,75 +148,81 @@ def prompt_of(first, T, K, G, h, dtype):
     return q, keys, values, first + 5 * torch.arange(2)[:, None] + torch.arange(T)
 
 
+def exact_prompt(q, keys, values, positions):
+    """Softmax attention in float64, the same of the values' sizes, and the scores."""
+    q, G, S = q.double(), q.shape[2] // keys.shape[1], int(positions.max()) + 1
+    k, v = (x[:, :, :S].double().repeat_interleave(G, 1) for x in (keys, values))  # [2, H, S, h]
+    later = torch.arange(S) > positions[:, None, :, None]  # [2, 1, T, S]
+    unseen = later.all(2)[:, :, :, None]  # by every query of a row: NaN
+    k, v = k.masked_fill(unseen, 0), v.masked_fill(unseen, 0)
+    scores = q.transpose(1, 2) @ k.transpose(2, 3) / math.sqrt(q.shape[3])
+    weights = scores.masked_fill(later, -math.inf).softmax(-1)
+    return (weights @ v).transpose(1, 2), (weights @ v.abs()).transpose(1, 2), scores
+
+
 @pytest.mark.parametrize("dtype", native.DTYPES)
 @pytest.mark.parametrize("processor", PROCESSORS)
 @pytest.mark.parametrize("K, G, h", HEADS)
 def test_a_prompts_queries_see_what_stands_before_them_and_themselves(
-    K, G, h, processor, dtype, as_on, no_tiles
+    K, G, h, processor, dtype, as_on, no_amx, one_thread
 ):
     as_on(processor)
     attend = attention.build(dtype, G, h)
     for first, T in PROMPTS:
-        q, keys, values, at = prompt_of(first, T, K, G, h, dtype)
-        y = attend(q, keys, values, at, sized(at.max() + 1))
-        assert y.shape == q.shape and y.dtype == q.dtype
-        for row, t in product(range(2), (0, 1, T // 2, T - 1)):
-            seen = at[row, t] + 1
-            k, v = (
-                x[row, :, :seen].double().repeat_interleave(G, 0) for x in (keys, values)
-            )  # [H, seen, h]
-            scores = (k @ q[row, t].double()[:, :, None])[..., 0] / math.sqrt(h)
-            expected = (scores.softmax(-1)[:, None] @ v)[:, 0]
-            most = ROUNDING[str(dtype)[6:]] * expected.abs().max()
-            assert (y[row, t] - expected).abs().max() < most
+        parts = prompt_of(first, T, K, G, h, dtype)
+        y, (expected, size, _) = attend(*parts, sized(first + T + 5)), exact_prompt(*parts)
+        assert y.shape == expected.shape and y.dtype == dtype
+        assert ((y - expected).abs() < ROUNDING[str(dtype)[6:]] * size).all()
 
 
 @pytest.mark.parametrize("dtype", native.DTYPES)
+@pytest.mark.parametrize("processor", PROCESSORS)
+@pytest.mark.parametrize("K, G, h", [(2, 3, 80), (1, 7, 64)])
 def test_a_querys_bits_depend_on_no_other_query_and_no_number_of_threads(
-    dtype, one_thread, no_tiles
+    K, G, h, processor, dtype, as_on, one_thread, no_amx
 ):
-    attend = attention.build(dtype, 3, 80)
-    q, keys, values, at = prompt_of(200, 110, 2, 3, 80, dtype)
-    together = attend(q, keys, values, at, sized(315))
+    as_on(processor)
+    attend = attention.build(dtype, G, h)
+    q, keys, values, positions = prompt_of(200, 110, K, G, h, dtype)
+    together = attend(q, keys, values, positions, sized(315))
     for first, last in ((0, 2), (1, 60), (57, 110)):
-        part = attend(q[:, first:last], keys, values, at[:, first:last].contiguous(), sized(315))
+        some = positions[:, first:last].contiguous()
+        part = attend(q[:, first:last], keys, values, some, sized(315))
         assert torch.equal(part, together[:, first:last])
     for row in range(2):
-        alone = attend(*(x[row : row + 1] for x in (q, keys, values, at)), sized(315))
+        alone = attend(*(x[row : row + 1] for x in (q, keys, values, positions)), sized(315))
         assert torch.equal(alone[0], together[row])
-    for number in (1, 2, 5):
+    for number in (2, 5):
         torch.set_num_threads(number)
-        assert torch.equal(attend(q, keys, values, at, sized(315)), together)
+        assert torch.equal(attend(q, keys, values, positions, sized(315)), together)
 
 
 @pytest.mark.parametrize("scale", [0, 1e-20, 30, 300])
 def test_a_prompts_scores_may_be_of_any_size(scale):
-    q, keys, values, at = prompt_of(255, 110, 1, 1, 8, torch.float32)
+    q, keys, values, positions = prompt_of(255, 110, 1, 1, 8, torch.float32)
     keys[:, :, :300:7] *= 5  # larger ones come late, too
-    y = attention.build(q.dtype, 1, 8)(scale * q, keys, values, at, sized(370))
-    for row, t in product(range(2), range(110)):
-        k, v = (x[row, 0, : at[row, t] + 1].double() for x in (keys, values))
-        scores = k @ (scale * q[row, t, 0]).double() / math.sqrt(8)
-        most = 2e-6 + 2e-7 * scores.abs().max()  # scores are rounded, too
-        assert (y[row, t, 0] - torch.softmax(scores, 0) @ v).abs().max() < most * v.abs().max()
+    y = attention.build(q.dtype, 1, 8)(scale * q, keys, values, positions, sized(370))
+    expected, size, scores = exact_prompt(scale * q, keys, values, positions)
+    most = 2e-6 + 2e-7 * scores.abs().amax(-1).transpose(1, 2)[..., None]  # they are rounded, too
+    assert ((y - expected).abs() < most * size).all()
 
 
 @pytest.mark.parametrize("part, place", [(0, (0, 50, 0)), (1, (0, 0, 290)), (2, (0, 0, 290))])
 def test_in_a_prompt_what_is_not_finite_stays_so(part, place):
-    *parts, at = prompt_of(200, 110, 1, 1, 8, torch.float32)
+    *parts, positions = prompt_of(200, 110, 1, 1, 8, torch.float32)
     parts[part][place] = math.nan
-    y = attention.build(torch.float32, 1, 8)(*parts, at, sized(315))
+    y = attention.build(torch.float32, 1, 8)(*parts, positions, sized(315))
     finite, t = y[0].isfinite().all((1, 2)), torch.arange(110)
     if part == 0:
         assert torch.equal(finite, t != 50)
     else:  # what is seen later is multiplied by 0, and not all of it is left out
-        assert not finite[90:].any() and finite[: 32 if part == 2 else 90].all()
+        assert not finite[90:].any() and finite[: 64 if part == 2 else 90].all()
     assert y[1].isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", ["qwen2", "llama3"])
-def test_a_prompt_says_what_it_says_to_pytorch(family, dtype, folder_of, no_tiles):
+def test_a_prompt_says_what_it_says_to_pytorch(family, dtype, folder_of, no_amx):
     model, _ = load(str(folder_of(family)), "cpu", dtype)
     embeds = model.embed(torch.arange(200)[None] % 250)
 
@@ -242,13 +245,13 @@ def test_a_prompt_says_what_it_says_to_pytorch(family, dtype, folder_of, no_tile
 def test_where_pytorch_has_tiles_a_prompt_is_its_own(monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     for dtype in native.DTYPES:
-        q, keys, values, at = prompt_of(200, 110, 1, 1, 8, dtype)
+        q, keys, values, positions = prompt_of(200, 110, 1, 1, 8, dtype)
         seen = []
         with monkeypatch.context() as patch:
             patch.setattr(attention, "masked_attention", lambda *x, seen=seen: seen.append(x))
             attend = attention.build(dtype, 1, 8)
-            attend(q, keys, values, at, sized(315))
-            attend(q[:, :1], keys, values, at[:, :1].contiguous(), sized(315))
+            attend(q, keys, values, positions, sized(315))
+            attend(q[:, :1], keys, values, positions[:, :1].contiguous(), sized(315))
         assert len(seen) == (dtype == torch.bfloat16)
 
 
@@ -266,7 +269,7 @@ def test_decoding_with_it_says_what_plain_decoding_says(family, folder_of, capsy
     model, _ = load(str(folder_of(family)), "cpu", "float32")
     expected = logits_of(model)
     steps.use_attention(model)
-    assert model.attention is not masked_attention and not capsys.readouterr().err
+    assert model.attention is not None and not capsys.readouterr().err
     found = logits_of(model)
     assert all(torch.equal(found[i].argmax(-1), x.argmax(-1)) for i, x in expected.items())
     assert all(close(found[i], x, 1e-5) for i, x in expected.items())
@@ -297,7 +300,7 @@ def test_where_it_cannot_be_used_a_line_says_so(folder_of, monkeypatch, capsys):
     def said(dtype="float32"):
         model, _ = load(folder, "cpu", dtype)
         steps.use_attention(model)
-        assert model.attention is masked_attention and len(logits_of(model)) == 9
+        assert model.attention is None and len(logits_of(model)) == 9
         line, begins = (
             capsys.readouterr().err,
             "attention in C++ cannot be used here, PyTorch's is (",

@@ -15,7 +15,7 @@ from test_decode import Greedy, greedy, prompts, same_bits
 
 from lab import fast, steps
 from lab.linear import Int8Linear
-from model import Prompt, Request, masked_attention
+from model import Prompt, Request
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -100,7 +100,7 @@ def test_decoding_with_the_kernels_says_what_plain_decoding_says(
     family, quantize, folder_of, capsys
 ):
     model, _ = fast.load(str(folder_of(family)), DEVICE, "float32", quantize)
-    expected = logits_of(use(model, masked_attention, None))
+    expected = logits_of(use(model, None, None))
     steps.use_kernels(model, quantised(model))
     assert model.attention is kernels.attend and not capsys.readouterr().err
     assert {x.product for x in quantised(model)} == ({kernels.int8_linear} if quantize else set())
@@ -141,7 +141,7 @@ def test_the_operations_tell_pytorch_the_truth_about_themselves():
         product = [y if y is None else y.to(DEVICE) for y in (x, weight, scale, bias)]
         torch.library.opcheck(kernels.int8_linear, product)
     positions = positions_of(LAST, DEVICE)
-    torch.library.opcheck(kernels.attend, (q, keys, values, positions, 700))
+    torch.library.opcheck(kernels.attend_one, (q, keys, values, positions, 700))
 
 
 def failing(*arguments):
@@ -168,10 +168,10 @@ def failing(*arguments):
 def test_a_kernel_that_fails_or_computes_something_else_is_not_used(
     name, kernel, said, model, monkeypatch, capsys
 ):
-    use(model, masked_attention, None)
+    use(model, None, None)
     monkeypatch.setattr(kernels, name, kernel)
     steps.use_kernels(model, quantised(model))
-    assert model.attention is masked_attention
+    assert model.attention is None
     assert {x.product for x in quantised(model)} == {None}
     line = f"Triton's kernels cannot be used here, PyTorch's are \\({said}\\)\n"
     assert re.fullmatch(line, capsys.readouterr().err)

@@ -242,6 +242,7 @@ TEMPLATES = [
         "{{ bos_token }}|{{ eos_token }}|{{ messages[0].content }}",
         '<|im_start|>|<|im_end|>|a < "é"',
     ),
+    ("{{ 'é' | tojson(ensure_ascii=True) }}", '"\\u00e9"'),
     ("{{ messages[0] | tojson }}", '{"role": "user", "content": "a < \\"é\\""}'),
     ("{%- if tools is none and not documents %}\n    none\n{%- endif %}\n", "    none"),
     ("{% for i in range(9) %}{% if i == 3 %}{% break %}{% endif %}{{ i }}{% endfor %}", "012"),

@@ -11,6 +11,7 @@ from softcot_pair import data, evaluates, loaded, pair
 from test_cli import long_context, reason, records_of, think
 
 from lab import at_k, grading, regrade, tables
+from lab.programs import with_tests
 from lab.results import run
 from lab.tasks import TASKS, Problem
 
@@ -229,6 +230,11 @@ def test_what_an_interruption_left_is_graded_and_tabulated_as_far_as_it_goes(tmp
     assert new.read_bytes() == b"".join(lines[:11])
 
 
+def of_programs(records):
+    gold = with_tests("assert f() == 1")
+    return [r | {"settings": {"task": "mbpp"}, "gold": gold} for r in records]
+
+
 def spoiled(records, **changes):
     return [records[0], records[1] | changes, *records[2:]]
 
@@ -247,6 +253,7 @@ def spoiled(records, **changes):
         (lambda r: [{k: v for k, v in r[0].items() if k != "gold"}], [], "line 1: no 'gold' in"),
         (lambda r: [5], [], "line 1: not a record; delete the line"),
         (lambda r: [], [], "holds no records"),
+        (of_programs, [], "is graded by running the programs that the model writes: permit it"),
         (lambda r: r, ["--output", "/nowhere/new.jsonl"], "cannot write /nowhere/new.jsonl"),
         (lambda r: r, ["--at", "1,0"], "--at: takes numbers from 1 on, with commas between them"),
         (lambda r: r, ["--at", "x"], "--at: takes numbers from 1 on"),

@@ -7,6 +7,7 @@ from test_cli import reason, records_of
 from test_regrade import ours
 
 from lab import rounds
+from lab.programs import with_tests
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROWS = [{"question": f"What is {i}?", "answer": str(i)} for i in (7, 8)]
@@ -25,71 +26,84 @@ def point(round, answer, agrees, reward):
 
 
 def verdict(answer):
-    return {"answer": answer, "text": f"The answer is {answer}.", "tokens": 4}
+    """Of a verifier that names a candidate: the search takes the candidate's answer."""
+    return {"answer": answer, "text": "Candidate 2 is right.", "tokens": 4}
 
 
-def write(file, **found):
-    """What search number i of the file is to have found instead."""
+def write(file, change=lambda record: record, **found):
+    """Give the search for the number 7, and for 8, other points and verdicts."""
     records = records_of(file)
     for record in records:
         if record["method"] == "soft":
-            points, verdicts = found[record["problem"][-1]]
+            points, verdicts = found["of" + record["gold"]]
             record.update(points=points, verdicts=verdicts)
-    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    file.write_text("".join(json.dumps(change(record)) + "\n" for record in records))
 
 
 def cells(line):
-    return [cell.strip() for cell in line.replace(" (", "_(").split("  ") if cell.strip()]
+    return [cell for cell in line.replace(" (", "(").replace(" to ", "to").split() if cell]
+
+
+# The first search: its verifier errs at first, and the wrong point keeps the largest reward. The
+# second: nothing is verified in its first round, and later a right point is, by a wrong verdict.
+SEVEN = [point(0, "1", 1.0, 1.5), point(0, None, 0.0, 1.9)]
+SEVEN += [point(1, "7", 1.0, 1.4), point(1, "7", 0.0, 0.4)]
+EIGHT = [point(0, "3", 0.0, 0.5), point(0, "4", 0.0, 0.6)]
+EIGHT += [point(1, "8", 1.0, 1.6), point(1, "5", 0.0, 0.3)]
+FOUND = {"of7": (SEVEN, [verdict("1"), verdict("7")]), "of8": (EIGHT, [verdict("8"), verdict("9")])}
+# Per round: searches, points, right, verified, of these right; and after it, over both searches,
+# those with a right point, a right answer, a right latest verdict.
+ALL = [
+    ["1", "2", "4", "0(0.0%)", "1(25.0%)", "0(0.0%)", "0(0.0%)", "0(0.0%)", "1(50.0%)"],
+    ["2", "2", "4", "3(75.0%)", "2(50.0%)", "2(100.0%)", "2(100.0%)", "1(50.0%)", "1(50.0%)"],
+]
+LATE = [
+    ["1", "1", "2", "0(0.0%)", "0(0.0%)", "-", "0(0.0%)", "0(0.0%)", "1(100.0%)"],
+    ["2", "1", "2", "1(50.0%)", "1(50.0%)", "1(100.0%)", "1(100.0%)", "1(100.0%)", "0(0.0%)"],
+]
 
 
 def test_rounds_are_counted(file, capsys):
-    names = [r["problem"][-1] for r in records_of(file) if r["method"] == "soft"]
-    golds = dict(zip(names, ("7", "8")))
-    one, two = sorted(names)
-    one_right, two_right = golds[one], golds[two]
-    # The first: agreed with by mistake, and better rewarded than the right one of the next round.
-    first = [point(0, "1", 1.0, 1.5), point(0, None, 0.0, 1.9)]
-    first += [point(1, one_right, 1.0, 1.4), point(1, one_right, 0.0, 0.4)]
-    # The second: nothing verified in the first round, then a right one.
-    second = [point(0, "3", 0.0, 0.5), point(0, "4", 0.0, 0.6)]
-    second += [point(1, two_right, 1.0, 1.6), point(1, "5", 0.0, 0.3)]
-    found = {one: (first, [verdict("1"), verdict(one_right)])}
-    write(file, **found, **{two: (second, [verdict(two_right), verdict("9")])})
+    write(file, **FOUND)
+    capsys.readouterr()
     assert rounds.command([str(file)]) == 0
-    everything, unverified = capsys.readouterr().out.split("\n\n")
-    head, *lines = everything.splitlines()
-    assert head.split("  ")[0] == "round" and len(lines) == 2
-    assert cells(lines[0]) == (
-        ["1", "2", "4", "0_(0.0%)", "1_(25.0%)", "0_(0.0%)"] + ["0_(0.0%)", "0_(0.0%)", "1_(50.0%)"]
-    )
-    assert cells(lines[1]) == (
-        ["2", "2", "4", "3_(75.0%)", "2_(50.0%)", "2_(100.0%)"]
-        + ["2_(100.0%)", "1_(50.0%)", "1_(50.0%)"]
-    )
-    said, _, *lines = unverified.splitlines()
+    everything, late = capsys.readouterr().out.split("\n\n")
+    assert [cells(line) for line in everything.splitlines()[1:]] == ALL
+    said, _, *lines = late.splitlines()
     assert said == (
-        "1 searches in which no point of the first round is verified; in 1 one is, later:"
+        "No point of the first round is verified in 1 of the searches, a later one in 1 of them:"
     )
-    assert cells(lines[0])[:6] == ["1", "1", "2", "0_(0.0%)", "0_(0.0%)", "-"]
-    assert cells(lines[1])[3:] == (
-        ["1_(50.0%)", "1_(50.0%)", "1_(100.0%)", "1_(100.0%)", "1_(100.0%)", "0_(0.0%)"]
-    )
+    assert [cells(line) for line in lines] == LATE
+
+
+def test_a_vote_is_the_answer_where_it_was(file, capsys):
+    """Of the first search: 1, none, 7, 7 and the verdicts 1 and 7; of the second 8 has most."""
+
+    def voting(record):
+        return record | {"settings": record["settings"] | {"select": "vote"}}
+
+    write(file, voting, **FOUND)
+    capsys.readouterr()
+    assert rounds.command([str(file)]) == 0
+    lines = capsys.readouterr().out.split("\n\n")[0].splitlines()[1:]
+    # After the first round 1 and 1 win, and of 3, 4 and 8 the earliest; in the end 7, and 8.
+    assert [cells(line)[7] for line in lines] == ["0(0.0%)", "2(100.0%)"]
 
 
 def test_later_rounds_are_also_counted_together(file, capsys):
     found = [point(t, "1", None, 0.5) for t in range(3) for _ in range(2)]
-    names = [r["problem"][-1] for r in records_of(file) if r["method"] == "soft"]
     # One search ends after the first round. There is no verifier: --reward coherence.
-    write(file, **{names[0]: (found, []), names[1]: (found[:2], [])})
+    write(file, of7=(found, []), of8=(found[:2], []))
+    capsys.readouterr()
     assert rounds.command([str(file)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [cells(line)[:3] for line in lines[1:]] == [
         ["1", "2", "4"],
         ["2", "1", "2"],
         ["3", "1", "2"],
-        ["2 to 3", "1", "4"],
+        ["2to3", "1", "4"],
     ]
-    assert all(cells(line)[-1] == "-" for line in lines[1:])
+    assert all([cells(line)[i] for i in (4, 5, 8)] == ["-"] * 3 for line in lines[1:])
 
 
 def test_a_file_without_searches_is_refused(folder_of, tmp_path, capsys):
@@ -99,3 +113,14 @@ def test_a_file_without_searches_is_refused(folder_of, tmp_path, capsys):
         assert rounds.command([str(path)]) == 2
         printed = capsys.readouterr()
         assert said in printed.err and printed.err.count("\n") == 1 and not printed.out
+
+
+def test_programs_are_not_run(file, capsys):
+    def of_programs(record):
+        settings = record["settings"] | {"task": "mbpp"}
+        return record | {"settings": settings, "gold": with_tests("assert f() == 1")}
+
+    write(file, of_programs, **FOUND)
+    capsys.readouterr()
+    assert rounds.command([str(file)]) == 2
+    assert "is of programs, which would have to be run" in capsys.readouterr().err
