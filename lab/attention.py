@@ -1,8 +1,8 @@
 """Attention on a CPU in C++, compiled for a model's heads: of a decoding step, and of a prompt.
 
 In a long thought keys and values are much of what a step reads, and PyTorch's kernel takes far
-longer than reading them (lab/attention.cpp). Of a prompt of 2,048 tokens it takes two thirds of the
-time, for a quarter of the arithmetic (SmolLM2-135M, in bfloat16 without AMX; lab/prefill.cpp).
+longer than reading them (lab/attention.cpp). In a long prompt it takes most of the time, though it
+has the smaller part of the arithmetic (lab/prefill.cpp). lab/SPEED.md has the numbers.
 """
 
 from collections.abc import Callable

@@ -35,11 +35,11 @@ def load(
     """As model.load, fast.
 
     quantize: "int8" keeps the matrices, but not the embeddings, in 8 bits: half the bytes of
-    bfloat16; not for training. compile: decoding is compiled by Inductor, for which a CPU needs a
-    C++ compiler. It takes a minute or two at the first step, and seconds if Inductor's cache has
-    it, which needs products in C++ (lab/products.py). place: this process's among those that hold
-    the model between them. Raises UserError for whatever the user can fix, before memory is asked
-    for.
+    bfloat16; not for training. compile: decoding is compiled by Inductor, and on a CPU attention is
+    our own C++, of prompts, too; there it needs a C++ compiler. It takes a minute or two at the
+    first step, and seconds if Inductor's cache has it, which needs products in C++
+    (lab/products.py). place: this process's among those that hold the model between them. Raises
+    UserError for whatever the user can fix, before memory is asked for.
     """
     N = place.parts if place else 1
     if quantize not in (None, "int8"):

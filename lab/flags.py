@@ -86,7 +86,10 @@ FLAGS = {  # those that are no settings of a method
         "choices": ["int8"],
         "help": "keep the weights in 8 bits: half of bfloat16's memory",
     },
-    "compile": {"action": "store_true", "help": "compile the decoding step first: for long runs"},
+    "compile": {
+        "action": "store_true",
+        "help": "compile decoding first: for long runs and prompts",
+    },
     "output": {
         "metavar": "FILE",
         "help": "append one JSON line per record; started again, it goes on",

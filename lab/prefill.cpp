@@ -27,18 +27,18 @@ struct Workspace {  // what a thread works in
 };
 
 // n keys and values of a tile, [n, WIDTH], in panels; what is not there is 0, or has weight 0.
-static void lay_out(const X* keys, const X* values, int n, Workspace& room) {
-    if (n < TILE) memset(room.keys, 0, sizeof room.keys);
-    if (n < TILE || WIDTH % COLUMNS) memset(room.values, 0, sizeof room.values);
+static void lay_out(const X* keys, const X* values, int n, Workspace& work) {
+    if (n < TILE) memset(work.keys, 0, sizeof work.keys);
+    if (n < TILE || WIDTH % COLUMNS) memset(work.values, 0, sizeof work.values);
     for (int i = 0; i < n; i++)
         for (int d = 0; d < WIDTH; d += P) {
-            Y* step = room.keys + (i / COLUMNS * WIDTH + d) * COLUMNS + i % COLUMNS * P;
+            Y* step = work.keys + (i / COLUMNS * WIDTH + d) * COLUMNS + i % COLUMNS * P;
             for (int p = 0; p < P; p++) step[p] = factor(keys[i * WIDTH + d + p]);
         }
     for (int i = 0; i < n; i += P) {
         const X *one = values + i * WIDTH, *other = i + 1 < n ? one + WIDTH : one;
         for (int part = 0; part < PARTS; part++) {
-            Y* step = room.values + (part * TILE + i) * COLUMNS;
+            Y* step = work.values + (part * TILE + i) * COLUMNS;
             for (int d = part * COLUMNS; d < std::min(WIDTH, (part + 1) * COLUMNS); d++)
                 for (int p = 0; p < P; p++) *step++ = factor(p ? other[d] : one[d]);
         }
@@ -80,46 +80,46 @@ static float online_softmax(float* scores, int panels, int stride, int64_t n, Y*
 
 // q [n, G, WIDTH], with a stride, at positions [n], over keys and values [., WIDTH] -> out, as q
 static void attend(const X* q, const X* keys, const X* values, const int64_t* positions, X* out,
-                   int n, int64_t stride, Workspace& room) {
+                   int n, int64_t stride, Workspace& work) {
     int rows = n * G;
     for (int i = 0; i < n; i++)
-        for (int j = 0; j < G * WIDTH; j++) room.x[i * G * WIDTH + j] = factor(q[i * stride + j]);
-    for (int i = 0; i < rows; i++) room.most[i] = -INFINITY, room.sum[i] = 0;
-    memset(room.y, 0, sizeof room.y);
+        for (int j = 0; j < G * WIDTH; j++) work.x[i * G * WIDTH + j] = factor(q[i * stride + j]);
+    for (int i = 0; i < rows; i++) work.most[i] = -INFINITY, work.sum[i] = 0;
+    memset(work.y, 0, sizeof work.y);
     for (int64_t start = 0; start <= positions[n - 1]; start += TILE) {
         int there = std::min<int64_t>(TILE, positions[n - 1] + 1 - start);
-        lay_out(keys + start * WIDTH, values + start * WIDTH, there, room);
+        lay_out(keys + start * WIDTH, values + start * WIDTH, there, work);
         for (int first = 0; first < rows; first += HELD) {
             int count = std::min(HELD, rows - first);
             int64_t seen = positions[(first + count - 1) / G] + 1 - start;  // by the last of them
             int panels = (std::clamp<int64_t>(seen, 0, TILE) + COLUMNS - 1) / COLUMNS;
-            memset(room.scores, 0, panels * count * COLUMNS * sizeof(float));
+            memset(work.scores, 0, panels * count * COLUMNS * sizeof(float));
             for (int p = 0; p < panels; p++) {
-                const Y* k = room.keys + p * COLUMNS * WIDTH;
-                multiply(room.x + first * WIDTH, WIDTH, k, WIDTH / P,
-                         room.scores + p * count * COLUMNS, count, k + COLUMNS * WIDTH);
+                const Y* k = work.keys + p * COLUMNS * WIDTH;
+                multiply(work.x + first * WIDTH, WIDTH, k, WIDTH / P,
+                         work.scores + p * count * COLUMNS, count, k + COLUMNS * WIDTH);
             }
             for (int i = 0; i < count && panels; i++) {
                 int row = first + i;
                 float decay = online_softmax(
-                    room.scores + i * COLUMNS, panels, count * COLUMNS,
-                    positions[row / G] + 1 - start, room.weights + i * TILE, room.most[row],
-                    room.sum[row]);
+                    work.scores + i * COLUMNS, panels, count * COLUMNS,
+                    positions[row / G] + 1 - start, work.weights + i * TILE, work.most[row],
+                    work.sum[row]);
                 for (int part = 0; part < PARTS && decay < 1; part++)
                     for (int c = 0; c < COLUMNS; c++)
-                        room.y[(part * ROOM + row) * COLUMNS + c] *= decay;
+                        work.y[(part * ROOM + row) * COLUMNS + c] *= decay;
             }
             for (int part = 0; part < PARTS; part++) {
-                const Y* v = room.values + part * TILE * COLUMNS;
-                multiply(room.weights, TILE, v, panels * COLUMNS / P,
-                         room.y + (part * ROOM + first) * COLUMNS, count, v + TILE * COLUMNS);
+                const Y* v = work.values + part * TILE * COLUMNS;
+                multiply(work.weights, TILE, v, panels * COLUMNS / P,
+                         work.y + (part * ROOM + first) * COLUMNS, count, v + TILE * COLUMNS);
             }
         }
     }
     for (int row = 0; row < rows; row++)
         for (int d = 0; d < WIDTH; d++) {
-            float sum = room.y[(d / COLUMNS * ROOM + row) * COLUMNS + d % COLUMNS];
-            store(out + row / G * stride + row % G * WIDTH + d, sum / room.sum[row]);
+            float sum = work.y[(d / COLUMNS * ROOM + row) * COLUMNS + d % COLUMNS];
+            store(out + row / G * stride + row % G * WIDTH + d, sum / work.sum[row]);
         }
 }
 
@@ -132,14 +132,14 @@ extern "C" void run(const X* q, const X* keys, const X* values, const int64_t* p
     int64_t parts = (T + length - 1) / length, stride = K * G * WIDTH;
 #pragma omp parallel num_threads(threads)
     {
-        auto room = std::make_unique_for_overwrite<Workspace>();
+        auto work = std::make_unique_for_overwrite<Workspace>();
 #pragma omp for schedule(dynamic)
         for (int64_t task = B * K * parts - 1; task >= 0; task--) {  // the longest ones first
             int64_t bk = task % (B * K), b = bk / K, first = task / (B * K) * length;
             int64_t at = (b * T + first) * stride + bk % K * G * WIDTH;
             int64_t there = b * row + bk % K * head;
             attend(q + at, keys + there, values + there, positions + b * T + first, out + at,
-                   std::min(length, T - first), stride, *room);
+                   std::min(length, T - first), stride, *work);
         }
     }
 }

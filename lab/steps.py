@@ -47,7 +47,8 @@ class CompiledStep:
         for layer in self.layers:
             layer.panels = products.Panels(layer)
         skip = getattr(torch.compiler, "skip_guard_on_all_nn_modules_unsafe", None)
-        options = {"guard_filter_fn": skip} if skip else None  # not in every torch
+        options = {"size_asserts": False}  # of what each operation gives: 500 in a small model
+        options |= {"guard_filter_fn": skip} if skip else {}  # not in every torch
         own = FunctionType(CompiledStep.plain.__code__.replace(), globals())
         self.one = torch.compile(MethodType(own, self), options=options)
 

@@ -190,7 +190,7 @@ def compiled_whole(monkeypatch):
     """torch.compile traces without Inductor; -> for each graph, the operations that it calls."""
     graphs, compile = [], torch.compile
 
-    def backend(graph, inputs):
+    def backend(graph, inputs, options=None):
         graphs.append([str(node.target) for node in graph.graph.nodes])
         return graph
 
