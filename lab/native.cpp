@@ -1,5 +1,5 @@
-// How PyTorch calls the kernels in C++: as operations of its own. To call them
-// by way of Python takes about as long as a small product.
+// How PyTorch calls the kernels in C++: as operations of its own. To call them by way of Python
+// takes about as long as a small product.
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
