@@ -35,8 +35,8 @@ def load(
     """As model.load, fast.
 
     quantize: "int8" keeps the matrices, but not the embeddings, in 8 bits: half the bytes of
-    bfloat16; not for training. compile: decoding is compiled by Inductor, and on a CPU attention is
-    our own C++, of prompts, too; there it needs a C++ compiler. It takes a minute or two at the
+    bfloat16; not for training. compile: decoding is compiled by Inductor; on a CPU, which needs a
+    C++ compiler for it, attention is in C++, too, also of prompts. It takes a minute or two at the
     first step, and seconds if Inductor's cache has it, which needs products in C++
     (lab/products.py). place: this process's among those that hold the model between them. Raises
     UserError for whatever the user can fix, before memory is asked for.

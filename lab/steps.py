@@ -47,7 +47,7 @@ class CompiledStep:
         for layer in self.layers:
             layer.panels = products.Panels(layer)
         skip = getattr(torch.compiler, "skip_guard_on_all_nn_modules_unsafe", None)
-        options = {"size_asserts": False}  # of all that operations give: 500 calls a step
+        options = {"size_asserts": False}  # each would be a call from Python
         options |= {"guard_filter_fn": skip} if skip else {}  # not in every torch
         own = FunctionType(CompiledStep.plain.__code__.replace(), globals())
         self.one = torch.compile(MethodType(own, self), options=options)
@@ -113,7 +113,7 @@ def use_kernels(model: Transformer, layers: list[nn.Module]) -> None:
 
 
 def use_attention(model: Transformer) -> None:
-    """Have attention computed in C++, if it is what PyTorch's is; else a line says why not."""
+    """Attend in C++ (lab/attention.py), if that gives what PyTorch does; else a line says why not."""
     c, dtype = model.config, model.embed.weight.dtype
     try:
         attend = attention.build(dtype, c.heads // c.kv_heads, c.head_dim)

@@ -242,7 +242,7 @@ def test_a_prompt_says_what_it_says_to_pytorch(family, dtype, folder_of, no_amx)
     assert close(found, expected, 1e-5 if dtype == "float32" else 0.03)
 
 
-def test_where_pytorch_has_tiles_a_prompt_is_its_own(monkeypatch):
+def test_where_pytorch_has_amx_a_prompt_is_its_own(monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     for dtype in native.DTYPES:
         q, keys, values, positions = prompt_of(200, 110, 1, 1, 8, dtype)
