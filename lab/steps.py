@@ -113,7 +113,7 @@ def use_kernels(model: Transformer, layers: list[nn.Module]) -> None:
 
 
 def use_attention(model: Transformer) -> None:
-    """Attend in C++ (lab/attention.py), if that gives what PyTorch does; else a line says why not."""
+    """Attend in C++ (lab/attention.py), if it gives what PyTorch does; else a line says why not."""
     c, dtype = model.config, model.embed.weight.dtype
     try:
         attend = attention.build(dtype, c.heads // c.kv_heads, c.head_dim)
