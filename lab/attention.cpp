@@ -1,7 +1,7 @@
 // Attention of a decoding step on a CPU: one query per row, each over its own length.
 //
 // Flash-Decoding (Dao et al., 2023): positions in chunks over the threads, merged by their sums of
-// exponentials. lab/attention.py compiles it for a model's numbers (float or bfloat16), G (query
+// exponentials. lab/cpu.py compiles it for a model's numbers (float or bfloat16), G (query
 // heads of a KV head) and WIDTH (of a head, a multiple of 8). Reading keys and values once should
 // be what limits it: the next ones are fetched while some are multiplied.
 
@@ -12,7 +12,6 @@
 #define NARROW (WIDTH % 32)
 #include "vectors.h"
 
-constexpr int CHUNK = 256;  // positions of a task, at any length: bits depend on no other row
 constexpr int AHEAD = 2 * V * sizeof(float) / sizeof(X);  // positions between fetching and use
 
 #ifdef __clang__
@@ -122,42 +121,39 @@ static void attend_chunk(const X* q, const X* k, const X* v, int n, float* out, 
 }
 
 // q, out [B, K, G, WIDTH]; keys, values [B, K, ., WIDTH], with the strides of a row and of a head;
-// last [B] < S, the last position that each row sees.
+// last [B] < S, the last position that each row sees; room for parts [B, K, chunks, G, WIDTH], for
+// the chunks of S positions, and for sums [.., G]. All threads of a team call it, and share the
+// chunks.
 extern "C" void run(const X* q, const X* keys, const X* values, const int64_t* last, X* out,
-                    int64_t B, int64_t, int64_t K, int64_t S, int64_t row, int64_t head,
-                    int threads) {
+                    int64_t B, int64_t K, int64_t S, int64_t row, int64_t head, float* y,
+                    float* sums) {
     int64_t chunks = (S + CHUNK - 1) / CHUNK;
-    static thread_local std::vector<float> parts, lse;  // [B, K, chunks, G, WIDTH], [.., G]
-    static thread_local std::vector<int64_t> tasks;     // [B + 1]: a row's first, of chunks in use
-    parts.resize(B * K * chunks * G * WIDTH), lse.resize(B * K * chunks * G), tasks.resize(B + 1);
+    static thread_local std::vector<int64_t> tasks;  // [B + 1]: a row's first, of chunks in use
+    tasks.resize(B + 1);
     for (int64_t b = 0; b < B; b++) tasks[b + 1] = tasks[b] + K * (last[b] / CHUNK + 1);
-    float *y = parts.data(), *sums = lse.data();
     const int64_t *begin = tasks.data(), *end = begin + B;
-#pragma omp parallel num_threads(threads)
-    {
-        // Guided: what a thread reads lies side by side in memory.
+    // Guided: what a thread reads lies side by side in memory.
 #pragma omp for schedule(guided)
-        for (int64_t task = 0; task < *end; task++) {
-            int64_t b = std::upper_bound(begin, end, task) - begin - 1, used = last[b] / CHUNK + 1;
-            int64_t kv = (task - begin[b]) / used, chunk = (task - begin[b]) % used;
-            int64_t first = chunk * CHUNK, n = std::min<int64_t>(CHUNK, last[b] + 1 - first);
-            int64_t start = b * row + kv * head + first * WIDTH, bk = b * K + kv;
-            int64_t at = bk * chunks + chunk;
-            attend_chunk(q + bk * G * WIDTH, keys + start, values + start, n,
-                         y + at * G * WIDTH, sums + at * G);
-        }
+    for (int64_t task = 0; task < *end; task++) {
+        int64_t b = std::upper_bound(begin, end, task) - begin - 1, used = last[b] / CHUNK + 1;
+        int64_t kv = (task - begin[b]) / used, chunk = (task - begin[b]) % used;
+        int64_t first = chunk * CHUNK, n = std::min<int64_t>(CHUNK, last[b] + 1 - first);
+        int64_t start = b * row + kv * head + first * WIDTH, bk = b * K + kv;
+        int64_t at = bk * chunks + chunk;
+        attend_chunk(q + bk * G * WIDTH, keys + start, values + start, n,
+                     y + at * G * WIDTH, sums + at * G);
+    }
 #pragma omp for
-        for (int64_t query = 0; query < B * K * G; query++) {  // merge its chunks
-            int64_t bk = query / G, used = last[bk / K] / CHUNK + 1;
-            int64_t at = bk * chunks * G + query % G;
-            float most = sums[at], total = 0, z[WIDTH] = {};
-            for (int64_t c = 1; c < used; c++) most = std::max(most, sums[at + c * G]);
-            for (int64_t c = 0; c < used; c++) {
-                float weight = expf(sums[at + c * G] - most);
-                total += weight;
-                for (int d = 0; d < WIDTH; d++) z[d] += weight * y[(at + c * G) * WIDTH + d];
-            }
-            for (int d = 0; d < WIDTH; d++) store(out + query * WIDTH + d, z[d] / total);
+    for (int64_t query = 0; query < B * K * G; query++) {  // merge its chunks
+        int64_t bk = query / G, used = last[bk / K] / CHUNK + 1;
+        int64_t at = bk * chunks * G + query % G;
+        float most = sums[at], total = 0, z[WIDTH] = {};
+        for (int64_t c = 1; c < used; c++) most = std::max(most, sums[at + c * G]);
+        for (int64_t c = 0; c < used; c++) {
+            float weight = expf(sums[at + c * G] - most);
+            total += weight;
+            for (int d = 0; d < WIDTH; d++) z[d] += weight * y[(at + c * G) * WIDTH + d];
         }
+        for (int d = 0; d < WIDTH; d++) store(out + query * WIDTH + d, z[d] / total);
     }
 }

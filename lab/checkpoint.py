@@ -20,6 +20,7 @@ import torch
 from huggingface_hub import errors as hub_errors
 
 import model as plain
+from lab import native
 from lab.schema import check_kinds, read_json
 from model import ALIASES, KINDS, WANTED, Config, Tokenizer, Transformer, UserError
 
@@ -43,32 +44,26 @@ def choose(device: str | None, dtype: torch.dtype | str | None) -> tuple[torch.d
 
 
 def check_compiler(patience: float = 60) -> None:
-    """UserError where Inductor finds no C++ compiler, or one that gives no answer for so many s."""
-    from torch._inductor import config, cpp_builder, exc
-
-    for compiler in filter(None, config.cpp.cxx):
-        try:
-            subprocess.run(
-                [compiler, "-x", "c++", "-fsyntax-only", os.devnull],
-                check=False,
-                # Not pipes: what a compiler leaves running would keep them open.
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                timeout=patience,
-            )
-        except subprocess.TimeoutExpired:
-            raise UserError(
-                f"the C++ compiler {compiler} gave no answer within {patience:.0f} s: name another "
-                "one in the environment variable CXX, or leave --compile out"
-            ) from None
-        except OSError:  # not there: said below, unless Inductor finds another one
-            pass
+    """UserError where there is no C++ compiler, or one that gives no answer for so many seconds."""
+    name, quiet = os.environ.get("CXX") or "g++", subprocess.DEVNULL
     try:
-        cpp_builder.get_cpp_compiler()
-    except exc.InvalidCxxCompiler:
+        subprocess.run(
+            [*native.compiler(), "-x", "c++", "-fsyntax-only", os.devnull],
+            check=True,
+            # Not pipes: what a compiler leaves running would keep them open.
+            stdin=quiet,
+            stdout=quiet,
+            stderr=quiet,
+            timeout=patience,
+        )
+    except subprocess.TimeoutExpired:
         raise UserError(
-            "compiling for a CPU needs a C++ compiler, and none was found: install g++ (or name "
+            f"the C++ compiler {name} gave no answer within {patience:.0f} s: name another one in "
+            "the environment variable CXX, or leave --compile out"
+        ) from None
+    except (OSError, ValueError, subprocess.CalledProcessError):
+        raise UserError(
+            f"compiling for a CPU needs a C++ compiler, and {name} is none: install g++ (or name "
             "one in the environment variable CXX), or leave --compile out"
         ) from None
 

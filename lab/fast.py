@@ -2,10 +2,10 @@
 
     model, tokenizer = load("qwen2.5-7b", quantize="int8", compile=True)
 
-Fused matrices (q, k, v and gate, up are one product each), weights laid out for a CPU's products or
-kept in 8 bits (lab/linear.py), our own kernels, a step compiled by Inductor, a step recorded as a
-CUDA graph, and a plan of what fits in memory. Each can be read by itself; none is needed to
-understand a method.
+Fused matrices (lab/fused.py), weights laid out for a CPU's products or kept in 8 bits
+(lab/linear.py), steps in C++ (lab/cpu.py), our own kernels for CUDA (lab/kernels.py), steps compiled
+by Inductor or recorded as CUDA graphs (lab/steps.py), and a plan of what fits in memory. Each can be
+read by itself; none is needed to understand a method.
 """
 
 from collections.abc import Callable
@@ -13,15 +13,15 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 import model as plain
-from lab import checkpoint, native, parallel, steps, template
+from lab import checkpoint, cpu, parallel, steps, template
+from lab.fused import fuse
 from lab.linear import Int8Linear, PackedLinear, exchange, packs
 from lab.ranks import Place
-from model import KVCache, Tokenizer, Transformer, UserError, causal_attention, rotate
+from model import KVCache, Tokenizer, Transformer, UserError
 
 
 def load(
@@ -35,11 +35,10 @@ def load(
     """As model.load, fast.
 
     quantize: "int8" keeps the matrices, but not the embeddings, in 8 bits: half the bytes of
-    bfloat16; not for training. compile: decoding is compiled by Inductor; on a CPU, which needs a
-    C++ compiler for it, attention is in C++, too, also of prompts. It takes a minute or two at the
-    first step, and seconds if Inductor's cache has it, which needs products in C++
-    (lab/products.py). place: this process's among those that hold the model between them. Raises
-    UserError for whatever the user can fix, before memory is asked for.
+    bfloat16; not for training. compile: steps are compiled by Inductor, which takes a minute or
+    two; on a CPU they are in C++, and so is the attention of prompts, which needs a compiler, and
+    some seconds the first time. place: this process's among those that hold the model between
+    them. Raises UserError for whatever the user can fix, before memory is asked for.
     """
     N = place.parts if place else 1
     if quantize not in (None, "int8"):
@@ -54,10 +53,9 @@ def load(
     config = checkpoint.check_config(folder)
     needed = weight_bytes(config, dtype, quantize, N)
     checkpoint.check_memory(needed, device, dtype, quantize)
-    # The weights, oneDNN's copy, a compiled step's copy, and one to spare.
-    copies = (1 if quantize else 2) + compile
-    spare = checkpoint.free_memory(device) - (copies + 1) * needed
-    pack = not quantize and (on_cpu or packs(device, dtype)) and spare > 0
+    # Room for the weights, for as much again, for a copy for steps in C++, and for one for oneDNN.
+    free = checkpoint.free_memory(device)
+    pack = not quantize and packs(device, dtype) and free > (3 + on_cpu) * needed
     layer = Int8Linear if quantize else PackedLinear if pack else None
     read = partial(parallel.load, place=place) if N > 1 else plain.load
     with tqdm(desc="loading layers", total=config.layers, delay=1, leave=False) as bar:
@@ -80,13 +78,10 @@ def load(
     if device.type == "cuda":
         model.recorder = steps.Recorder
         steps.use_kernels(model, [m for m in model.modules() if isinstance(m, Int8Linear)])
-    if compile:
+    if compile and not on_cpu:
         model.step = steps.CompiledStep(model)
-    if on_cpu:
-        steps.use_attention(model)
-        if spare > 0 and (quantize or pack and not native.has_amx(dtype)):
-            layers = [m for m in model.modules() if isinstance(m, layer)]
-            steps.use_products(model.step, layers, dtype)
+    elif compile:
+        cpu.use(model, free > 3 * needed)
     if N > 1:
         parallel.join(model, place)
         model.planner = partial(plan, least=place.least)
@@ -104,75 +99,6 @@ def weight_bytes(c: plain.Config, dtype: torch.dtype, quantize: str | None, part
     if quantize:
         return embeddings * dtype.itemsize + (embeddings * c.tied + rest) // parts
     return (embeddings + rest // parts) * dtype.itemsize
-
-
-# --------------------------------------------------------------------------------- fused matrices
-
-
-class FusedAttention(nn.Module):
-    """model.Attention with one matrix for q, k and v: one read, one launch."""
-
-    def __init__(self, a: plain.Attention):
-        super().__init__()
-        self.h = a.h
-        self.H, self.K = (p.out_features // a.h for p in (a.q_proj, a.k_proj))
-        # In the order of their use: whoever sums over parameters gets the bits of that order.
-        self.qkv, self.o_proj = joined(a.q_proj, a.k_proj, a.v_proj), a.o_proj
-        self.q_norm, self.k_norm = getattr(a, "q_norm", None), getattr(a, "k_norm", None)
-
-    def forward(self, x: Tensor, rotation: tuple, layer: int, cache: KVCache | None) -> Tensor:
-        B, T, _ = x.shape
-        H, K, h = self.H, self.K, self.h
-        qk, v = self.qkv(x).view(B, T, H + 2 * K, h).split([H + K, K], dim=2)
-        if self.q_norm is not None:
-            q, k = qk.split([H, K], dim=2)
-            qk = torch.cat([self.q_norm(q), self.k_norm(k)], dim=2)
-        q, k = rotate(qk, *rotation).split([H, K], dim=2)
-        y = causal_attention(q, k, v) if cache is None else cache.attend(layer, q, k, v)
-        return self.o_proj(y.reshape(B, T, H * h))
-
-
-class FusedMLP(nn.Module):
-    """model.MLP with one matrix for gate and up."""
-
-    def __init__(self, m: plain.MLP):
-        super().__init__()
-        self.gate_up, self.down_proj = joined(m.gate_proj, m.up_proj), m.down_proj
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate) * up)
-
-
-def joined(*linears: nn.Linear) -> nn.Linear:
-    """One linear layer whose outputs are those of all, one after another."""
-    weight = torch.cat([x.weight.data for x in linears])
-    linear = nn.Linear(*weight.shape[::-1], bias=linears[0].bias is not None, device="meta")
-    linear.weight = nn.Parameter(weight, requires_grad=False)
-    if linear.bias is not None:
-        linear.bias = nn.Parameter(torch.cat([x.bias.data for x in linears]), requires_grad=False)
-    return linear
-
-
-def fuse(block: plain.Block) -> None:
-    block.self_attn, block.mlp = FusedAttention(block.self_attn), FusedMLP(block.mlp)
-
-
-def hf_tensors(model: Transformer) -> dict[str, Tensor]:
-    """Each tensor of a fused model by its Hugging Face name, as a view into its parameters.
-
-    Writing to the views changes the model; saving them saves it.
-    """
-    c, views = model.config, {}
-    q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
-    parts = {"qkv": (["q_proj", "k_proj", "v_proj"], [q, kv, kv])}
-    parts["gate_up"] = (["gate_proj", "up_proj"], [c.ffn, c.ffn])
-    for name, parameter in model.named_parameters():
-        *path, kind = plain.hf_name(name).split(".")
-        names, sizes = parts.get(path[-1], (path[-1:], [len(parameter)]))
-        for part, view in zip(names, parameter.split(sizes)):
-            views[".".join([*path[:-1], part, kind])] = view
-    return views
 
 
 # ----------------------------------------------------------------------------------------- memory

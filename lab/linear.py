@@ -7,8 +7,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lab import steps
-
 
 def exchange(module: nn.Module, layer: Callable[[nn.Linear], nn.Module]) -> None:
     """Every linear layer inside becomes another one."""
@@ -21,9 +19,11 @@ def exchange(module: nn.Module, layer: Callable[[nn.Linear], nn.Module]) -> None
 
 def packs(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether decoding is faster with weights that are laid out for oneDNN's products."""
-    if device.type == "cpu" and dtype == torch.float32:
+    if device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
+        return False
+    if dtype == torch.float32:
         return torch.backends.mkldnn.is_available()
-    return steps.multiplies_bfloat16(device, dtype)
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 class PackedLinear(nn.Linear):
@@ -31,8 +31,7 @@ class PackedLinear(nn.Linear):
 
     PyTorch lays it out in every product otherwise, which takes longer than a product of few rows.
     In float32 it pays for 2 to 256 rows, and for one on several threads (lab/SPEED.md); in another
-    dtype where `packs` says so. In a compiled step `panels` (products.Panels) multiply, once
-    steps.CompiledStep has made them.
+    dtype where `packs` says so.
     """
 
     def __init__(self, linear: nn.Linear):
@@ -40,11 +39,9 @@ class PackedLinear(nn.Linear):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
         self.packs = packs(self.weight.device, self.weight.dtype)
-        self.packed, self.version, self.panels = None, None, None
+        self.packed, self.version = None, None
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
-            return F.linear(x, self.weight, self.bias) if self.panels is None else self.panels(x)
         rows = x.numel() // self.in_features
         few = rows <= 256 and (rows > 1 or torch.get_num_threads() > 1)
         decoding = self.packs and torch.is_inference_mode_enabled()
@@ -73,7 +70,6 @@ class Int8Linear(nn.Module):
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
-        self.panels = None  # a compiled step's products.Panels
         weight = linear.weight.detach().float()
         largest = weight.abs().amax(1)
         if hasattr(linear, "over"):  # a row lies on several ranks (lab/parallel.py)
@@ -87,8 +83,6 @@ class Int8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # Not whether inference mode is on: asked for that, a compiled step falls into pieces.
         constant, row = not x.requires_grad, x.shape[-1]
-        if torch.compiler.is_compiling() and self.panels is not None:
-            return self.panels(x)
         if self.product and constant and x.numel() <= 64 * row:
             return self.product(x, self.weight, self.scale, self.bias)
         # PyTorch's kernel takes 16 numbers at once, and reads beyond rows that end in between.

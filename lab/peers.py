@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from lab import fast
+from lab.fused import hf_tensors
 from lab.timing import Clock
 from model import Transformer, UserError
 
@@ -174,7 +174,7 @@ def write_gguf(model: Transformer, file: Path) -> None:
     w.add_rope_dimension_count(c.head_dim)
     w.add_vocab_size(c.vocab_size)
     w.add_tokenizer_model("no_vocab")
-    for name, x in fast.hf_tensors(model).items():
+    for name, x in hf_tensors(model).items():
         stem, _, what = name.rpartition(".")
         x, renamed = x.detach().cpu(), f"{GGUF.get(stem)}.{what}"
         if stem.startswith("model.layers."):

@@ -1,7 +1,7 @@
 // Attention of a prompt on a CPU: many queries per row, each over all positions up to its own.
 //
 // FlashAttention (Dao et al., 2022): positions in tiles, and what is summed is corrected when a
-// larger score is met. lab/attention.py compiles it for a model's numbers (float or bfloat16), G
+// larger score is met. lab/cpu.py compiles it for a model's numbers (float or bfloat16), G
 // (query heads of a KV head) and WIDTH (of a head, even). Both products are lab/vectors.h's: for
 // each task, which is some queries, a tile's keys and values are laid out in panels.
 
@@ -126,8 +126,7 @@ static void attend(const X* q, const X* keys, const X* values, const int64_t* po
 // q, out [B, T, K, G, WIDTH]; keys, values [B, K, ., WIDTH], with the strides of a row and of a
 // head; positions [B, T], one after another in each row: the last that each query sees.
 extern "C" void run(const X* q, const X* keys, const X* values, const int64_t* positions, X* out,
-                    int64_t B, int64_t T, int64_t K, int64_t, int64_t row, int64_t head,
-                    int threads) {
+                    int64_t B, int64_t T, int64_t K, int64_t row, int64_t head, int threads) {
     int64_t length = std::clamp<int64_t>(B * K * T / (4 * threads), LEAST, MOST);
     int64_t parts = (T + length - 1) / length, stride = K * G * WIDTH;
 #pragma omp parallel num_threads(threads)

@@ -1,6 +1,6 @@
 // x Wᵀ of a decoding step on a CPU: few rows x, and a weight W that should be read only once.
 //
-// lab/products.py compiles it for rows in float or bfloat16, and for a weight of T: X, the same, or
+// lab/cpu.py compiles it for rows in float or bfloat16, and for a weight of T: X, the same, or
 // int8_t with a scale for each of its rows. The weight lies in panels of COLUMNS of its rows, one k
 // after another, or one pair of k's after another where the processor multiplies bfloat16 in pairs:
 // it is read as it lies. DEPTH of these steps of a panel stay in the cache until all rows are done
@@ -44,14 +44,15 @@ static const Y* converted(const From* x, int64_t n, Y* room) {
 
 extern "C" const int columns = COLUMNS, pairs = P;
 
-// x [B, K], w [panels of N, K / P, COLUMNS, P], scale and bias [N] or null -> y [B, N]
+// x [B, K], w [panels of N, K / P, COLUMNS, P], scale and bias [N] or null -> y [B, N]. All threads
+// of a team call it, and share the panels.
 extern "C" void run(const X* x, const T* w, const X* scale, const X* bias, X* y, int64_t B,
-                    int64_t K, int64_t N, int threads) {
+                    int64_t K, int64_t N) {
     static thread_local std::vector<Y> room;
     room.resize(std::is_same_v<X, Y> ? 0 : B * K);
     const Y* rows = converted(x, B * K, room.data());
     int64_t panels = (N + COLUMNS - 1) / COLUMNS;
-#pragma omp parallel for num_threads(threads) schedule(static)
+#pragma omp for schedule(static)
     for (int64_t p = 0; p < panels; p++) {
         int64_t start = p * COLUMNS, width = std::min<int64_t>(COLUMNS, N - start);
         float sums[MOST * COLUMNS];

@@ -8,44 +8,32 @@ from collections.abc import Callable
 from types import FunctionType, MethodType
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lab import attention, native, products
 from model import KVCache, Transformer, UserError, masked_attention
 
 
 class CompiledStep:
     """Transformer.step compiled by Inductor: what stands between the matrix products is fused.
 
-    On a CPU it is compiled for one row and for several: twice at most. The weights are taken as
-    they are at the first step, laid out for the products: a second copy. The products are
-    lab/products.cpp's (`use_products`), and Inductor's cache keeps the step. Else Inductor chooses:
-    its own C++, or oneDNN for several rows of a dtype that oneDNN has instructions for. The weights
-    are then constants, and the cache does not keep the step. Freezing (the constants) and the
-    choice of products are settings of Inductor itself: they hold for whatever the process compiles
-    next.
+    It is compiled for each number of rows, and for all lengths.
     """
 
     def __init__(self, model: Transformer):
         self.model, self.sizes = model, set()  # sizes: numbers of rows that it has had
-        self.layers: list[nn.Module] = []  # those whose products are lab/products.cpp's
-        self.onednn = multiplies_bfloat16(model.device, model.embed.weight.dtype)
         self.one: Callable | None = None
 
     def __getstate__(self) -> dict:  # a copy compiles for itself
         return self.__dict__ | {"one": None, "sizes": set()}
 
     def prepare(self) -> None:
-        """Lay the weights out, and have `plain` compiled when it is called.
+        """Have `plain` compiled when it is called.
 
         Before each step Dynamo would ask of every module of the model whether it has changed. These
         guards are skipped: a module that is changed later goes unnoticed. Dynamo finds what it has
         compiled by a function's code; without the guards it would take one model's step for
         another's, so that each has a copy of the code.
         """
-        for layer in self.layers:
-            layer.panels = products.Panels(layer)
         skip = getattr(torch.compiler, "skip_guard_on_all_nn_modules_unsafe", None)
         options = {"size_asserts": False}  # each would be a call from Python
         options |= {"guard_filter_fn": skip} if skip else {}  # not in every torch
@@ -62,15 +50,8 @@ class CompiledStep:
             return self.one(x, rotation, cache)
         if not self.one:
             self.prepare()
-        kept = cache.keys + cache.values
-        dynamic = [(cache.mask, 3), *((y, 2) for y in kept)]  # all lengths and capacities
-        if x.device.type == "cpu":  # and all numbers of rows: which comes first decides no bit
-            dynamic += ((y, 0) for y in (x, *rotation, cache.rows, cache.positions, cache.mask))
-            dynamic += ((y, 0) for y in kept)
-            inductor, theirs = torch._inductor.config, not self.layers
-            inductor.freezing, inductor.max_autotune_gemm_backends = theirs, "CPP"
-            inductor.max_autotune = theirs and (B == 1 or not self.onednn)
-        for tensor, dim in dynamic:
+        # All lengths and capacities.
+        for tensor, dim in [(cache.mask, 3), *((y, 2) for y in cache.keys + cache.values)]:
             torch._dynamo.maybe_mark_dynamic(tensor, dim)
         stats = torch._dynamo.utils.counters["stats"]
         start, done = time.perf_counter(), stats["unique_graphs"]
@@ -86,12 +67,6 @@ class CompiledStep:
         if stats["unique_graphs"] > done:
             print(f"compiled the step for {B} sequences in {took:.0f} s", file=sys.stderr)
         return out
-
-
-def multiplies_bfloat16(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether oneDNN multiplies this dtype by a processor's own instructions for bfloat16."""
-    here = device.type == "cpu" and dtype == torch.bfloat16
-    return here and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def use_kernels(model: Transformer, layers: list[nn.Module]) -> None:
@@ -110,32 +85,6 @@ def use_kernels(model: Transformer, layers: list[nn.Module]) -> None:
     model.attention = kernels.attend
     for layer in layers:
         layer.product = kernels.int8_linear
-
-
-def use_attention(model: Transformer) -> None:
-    """Attend in C++ (lab/attention.py), if it gives what PyTorch does; else a line says why not."""
-    c, dtype = model.config, model.embed.weight.dtype
-    try:
-        attend = attention.build(dtype, c.heads // c.kv_heads, c.head_dim)
-        # With AMX a prompt is PyTorch's.
-        check_attention(attend, model, *((1,) if native.has_amx(dtype) else (1, 30)))
-    except Exception as error:  # noqa: BLE001 (of the compiler, of the system)
-        refuse("attention in C++ cannot be used here, PyTorch's is", error)
-        return
-    model.attention = attend
-
-
-def use_products(step: CompiledStep, layers: list[nn.Module], dtype: torch.dtype) -> None:
-    """Have a compiled step multiply by lab/products.cpp, if that computes what PyTorch does.
-
-    Else a line says why not. layers: all linear.PackedLinear, or all linear.Int8Linear.
-    """
-    try:
-        check_products(type(layers[0]), dtype)
-    except Exception as error:  # noqa: BLE001 (of the compiler, of the system)
-        refuse("products in C++ cannot be used here, PyTorch's are", error)
-        return
-    step.layers = layers
 
 
 def refuse(what: str, error: Exception) -> None:
@@ -166,21 +115,6 @@ def check_attention(attend: Callable, model: Transformer, *queries: int) -> None
         for x in (keys, values):
             x.masked_fill_((place > last)[:, None, :, None], math.nan)
         compare("attention", attend(q, keys, values, at, mask.to(E.dtype)), exact)
-
-
-@torch.inference_mode()
-def check_products(kind: type, dtype: torch.dtype) -> None:
-    """As check_attention, for products; panels, blocks and groups of rows are not all full."""
-    generator = torch.Generator().manual_seed(0)
-    layer = nn.utils.skip_init(nn.Linear, 300, 100)
-    x = torch.randn(99, 300, generator=generator)
-    for parameter in layer.parameters():
-        parameter.copy_(torch.randn(parameter.shape, generator=generator))
-    layer, x = kind(layer.to(dtype)), x.to(dtype)
-    weight = layer.weight.float() * getattr(layer, "scale", torch.ones(100))[:, None]
-    panels, exact = products.Panels(layer), F.linear(x.float(), weight, layer.bias.float())
-    for rows in (1, 7, 99):
-        compare("a product", panels(x[:rows]), exact[:rows])
 
 
 def compare(what: str, found: Tensor, exact: Tensor) -> None:

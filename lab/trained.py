@@ -19,7 +19,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from lab import files
-from lab.fast import hf_tensors
+from lab.fused import hf_tensors
 from model import Transformer, UserError
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -22,6 +22,8 @@ constexpr int V = 16;  // numbers of a vector
 #else
 constexpr int V = 8;
 #endif
+// Positions of a task of a step's attention, at any length: bits depend on no other row.
+constexpr int CHUNK = 256;
 typedef float vec __attribute__((vector_size(4 * V)));
 typedef int32_t word __attribute__((vector_size(4 * V)));
 
@@ -44,6 +46,22 @@ static inline void store(uint16_t* x, float y) {
     uint32_t bits = load<uint32_t>(&y);
     *x = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;  // to the nearest, ties to even
 }
+
+// V of them at once.
+#if BFLOAT16
+typedef uint16_t half __attribute__((vector_size(2 * V)));
+static inline vec numbers(const X* x) {
+    return (vec)(__builtin_convertvector(load<half>(x), word) << 16);
+}
+static inline void store(X* x, vec y) {
+    word bits = (word)y;
+    half upper = __builtin_convertvector(bits + 0x7fff + (bits >> 16 & 1) >> 16, half);
+    memcpy(x, &upper, sizeof upper);
+}
+#else
+static inline vec numbers(const X* x) { return load<vec>(x); }
+static inline void store(X* x, vec y) { memcpy(x, &y, sizeof y); }
+#endif
 
 // Products are of numbers Y, and P of them go into each of V sums at once.
 #define PAIRS (BFLOAT16 && __AVX512BF16__ && !NARROW)

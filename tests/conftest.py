@@ -75,10 +75,10 @@ PROCESSORS = [{"__AVX512F__": wide, "__AVX512BF16__": 0} for wide in (0, 1)] + [
 @pytest.fixture
 def as_on(monkeypatch):
     """as_on(processor): C++ is compiled as for one of PROCESSORS."""
-    build = native.build
+    library = native.library
 
     def patch(processor):
-        monkeypatch.setattr(native, "build", lambda name, **kw: build(name, **kw, **processor))
+        monkeypatch.setattr(native, "library", lambda name, **kw: library(name, **kw, **processor))
 
     return patch
 
@@ -198,5 +198,4 @@ def compiled_whole(monkeypatch):
         return compile(function, backend=backend, fullgraph=True, options=options)
 
     monkeypatch.setattr(torch, "compile", whole)
-    with torch._inductor.config.patch(freezing=False, max_autotune=False):
-        yield graphs
+    yield graphs

@@ -2,26 +2,35 @@
 
 import math
 import shutil
-import subprocess
+from ctypes import c_int64, c_void_p
 
 import pytest
 import torch
-import torch.nn.functional as F
-from conftest import PROCESSORS, close, compiled_whole
-from test_decode import Greedy, greedy, prompts, same_bits
+from conftest import PROCESSORS, close
 
-from lab import attention, native, steps
-from model import KVCache, Prompt, Request, load
+from lab import cpu, native
+from model import KVCache, load
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
 ROUNDING = {"float32": 2e-6, "float16": 2e-3, "bfloat16": 1.6e-2}
 LAST = (0, 6, 254, 255, 256, 699)  # the last positions of rows, in one, two and three chunks
 
 
-@pytest.fixture
-def no_amx(monkeypatch):
-    """As on a processor on which a prompt's attention is ours in bfloat16, too."""
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+def attention_of(dtype, G, h):
+    """A step's attention in C++, in a team of one thread: test_cpu.py has more."""
+    sizes = {"BFLOAT16": int(dtype == torch.bfloat16), "G": G, "WIDTH": h}
+    run = native.library("attention", **sizes).run
+    run.restype, run.argtypes = None, [*5 * [c_void_p], *5 * [c_int64], *2 * [c_void_p]]
+
+    def attend(q, keys, values, positions, mask):
+        (B, K), S, q = keys.shape[:2], mask.shape[-1], q.contiguous()
+        y, queries = torch.empty_like(q), B * K * G * -(-S // 256)
+        parts, sums = torch.empty(queries * h), torch.empty(queries)
+        tensors = (x.data_ptr() for x in (q, keys, values, positions, y))
+        run(*tensors, B, K, S, *keys.stride()[:2], parts.data_ptr(), sums.data_ptr())
+        return y
+
+    return attend
 
 
 def drawn(K, G, h, dtype, device="cpu", capacity=900):
@@ -85,30 +94,23 @@ HEADS = [(1, 1, 8), (2, 3, 40), (2, 3, 96), (1, 2, 80), (1, 7, 128), (1, 8, 64)]
 @pytest.mark.parametrize("K, G, h", HEADS)
 def test_attention_is_softmax_over_what_a_row_may_see(K, G, h, processor, dtype, as_on):
     as_on(processor)
-    attend, name = attention.build(dtype, G, h), str(dtype)[6:]
-    check_exact(attend, *drawn(K, G, h, name))
+    check_exact(attention_of(dtype, G, h), *drawn(K, G, h, str(dtype)[6:]))
 
 
 @pytest.mark.parametrize("dtype", native.DTYPES)
 @pytest.mark.parametrize("h", [80, 96])
-def test_a_rows_bits_depend_on_no_size_no_neighbour_and_no_number_of_threads(h, dtype, one_thread):
-    attend, parts = attention.build(dtype, 3, h), drawn(2, 3, h, str(dtype)[6:])
-    check_bits(attend, *parts)
-    found = []
-    for number in (1, 2, 5):
-        torch.set_num_threads(number)
-        found.append(attend(*parts, positions_of(LAST), sized(768)))
-    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+def test_a_rows_bits_depend_on_no_size_and_no_neighbour(h, dtype):
+    check_bits(attention_of(dtype, 3, h), *drawn(2, 3, h, str(dtype)[6:]))
 
 
 @pytest.mark.parametrize("scale", [0, 1e-20, 30, 300])
 def test_it_is_exact_where_weights_are_equal_and_where_one_is_all(scale):
     q, keys, values = drawn(1, 1, 8, "float32")
-    check_exact(attention.build(q.dtype, 1, 8), scale * q, keys, values)
+    check_exact(attention_of(q.dtype, 1, 8), scale * q, keys, values)
 
 
 def test_what_is_not_finite_stays_so():
-    attend, (q, keys, values) = attention.build(torch.float32, 1, 8), drawn(1, 1, 8, "float32")
+    attend, (q, keys, values) = attention_of(torch.float32, 1, 8), drawn(1, 1, 8, "float32")
     for part, place in ((q, (5, 0, 0, 1)), (keys, (4, 0, 100, 3)), (values, (3, 0, 255, 0))):
         part[place] = math.nan
     y = attend(q, keys, values, positions_of(LAST), sized(768))
@@ -116,7 +118,7 @@ def test_what_is_not_finite_stays_so():
 
 
 def test_bfloat16_is_rounded_to_the_nearest_and_ties_to_even():
-    attend, values = attention.build(torch.bfloat16, 1, 8), torch.ones(1, 1, 2, 8)
+    attend, values = attention_of(torch.bfloat16, 1, 8), torch.ones(1, 1, 2, 8)
     values[0, 0, :, 0] += torch.tensor([0, 2**-7])  # their mean lies between 1 and 1 + 2^-7
     values[0, 0, :, 1] += torch.tensor([2**-7, 2**-6])
     q, keys = torch.zeros(1, 1, 1, 8), torch.zeros(1, 1, 2, 8)
@@ -125,7 +127,7 @@ def test_bfloat16_is_rounded_to_the_nearest_and_ties_to_even():
 
 
 def test_the_process_still_computes_with_the_smallest_numbers():
-    attention.build(torch.float32, 1, 8)
+    attention_of(torch.float32, 1, 8)
     smallest = torch.tensor(1e-40)
     assert (smallest / 2).item() > 0 and smallest.item() * 0.5 > 0
 
@@ -164,10 +166,10 @@ def exact_prompt(q, keys, values, positions):
 @pytest.mark.parametrize("processor", PROCESSORS)
 @pytest.mark.parametrize("K, G, h", HEADS)
 def test_a_prompts_queries_see_what_stands_before_them_and_themselves(
-    K, G, h, processor, dtype, as_on, no_amx, one_thread
+    K, G, h, processor, dtype, as_on, one_thread
 ):
     as_on(processor)
-    attend = attention.build(dtype, G, h)
+    attend = cpu.prompt_attention(dtype, G, h)
     for first, T in PROMPTS:
         parts = prompt_of(first, T, K, G, h, dtype)
         y, (expected, size, _) = attend(*parts, sized(first + T + 5)), exact_prompt(*parts)
@@ -179,10 +181,10 @@ def test_a_prompts_queries_see_what_stands_before_them_and_themselves(
 @pytest.mark.parametrize("processor", PROCESSORS)
 @pytest.mark.parametrize("K, G, h", [(2, 3, 80), (1, 7, 64)])
 def test_a_querys_bits_depend_on_no_other_query_and_no_number_of_threads(
-    K, G, h, processor, dtype, as_on, one_thread, no_amx
+    K, G, h, processor, dtype, as_on, one_thread
 ):
     as_on(processor)
-    attend = attention.build(dtype, G, h)
+    attend = cpu.prompt_attention(dtype, G, h)
     q, keys, values, positions = prompt_of(200, 110, K, G, h, dtype)
     together = attend(q, keys, values, positions, sized(315))
     for first, last in ((0, 2), (1, 60), (57, 110)):
@@ -201,7 +203,7 @@ def test_a_querys_bits_depend_on_no_other_query_and_no_number_of_threads(
 def test_a_prompts_scores_may_be_of_any_size(scale):
     q, keys, values, positions = prompt_of(255, 110, 1, 1, 8, torch.float32)
     keys[:, :, :300:7] *= 5  # larger ones come late, too
-    y = attention.build(q.dtype, 1, 8)(scale * q, keys, values, positions, sized(370))
+    y = cpu.prompt_attention(q.dtype, 1, 8)(scale * q, keys, values, positions, sized(370))
     expected, size, scores = exact_prompt(scale * q, keys, values, positions)
     most = 2e-6 + 2e-7 * scores.abs().amax(-1).transpose(1, 2)[..., None]  # they are rounded, too
     assert ((y - expected).abs() < most * size).all()
@@ -211,7 +213,7 @@ def test_a_prompts_scores_may_be_of_any_size(scale):
 def test_in_a_prompt_what_is_not_finite_stays_so(part, place):
     *parts, positions = prompt_of(200, 110, 1, 1, 8, torch.float32)
     parts[part][place] = math.nan
-    y = attention.build(torch.float32, 1, 8)(*parts, positions, sized(315))
+    y = cpu.prompt_attention(torch.float32, 1, 8)(*parts, positions, sized(315))
     finite, t = y[0].isfinite().all((1, 2)), torch.arange(110)
     if part == 0:
         assert torch.equal(finite, t != 50)
@@ -222,7 +224,7 @@ def test_in_a_prompt_what_is_not_finite_stays_so(part, place):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", ["qwen2", "llama3"])
-def test_a_prompt_says_what_it_says_to_pytorch(family, dtype, folder_of, no_amx):
+def test_a_prompt_says_what_it_says_to_pytorch(family, dtype, folder_of):
     model, _ = load(str(folder_of(family)), "cpu", dtype)
     embeds = model.embed(torch.arange(200)[None] % 250)
 
@@ -236,85 +238,9 @@ def test_a_prompt_says_what_it_says_to_pytorch(family, dtype, folder_of, no_amx)
 
     with torch.inference_mode():
         expected = hidden()
-        steps.use_attention(model)
+        c = model.config
+        attend = cpu.prompt_attention(embeds.dtype, c.heads // c.kv_heads, c.head_dim)
+        model.attention = attend
         found = hidden()
     assert not torch.equal(found, expected)  # it is used
     assert close(found, expected, 1e-5 if dtype == "float32" else 0.03)
-
-
-def test_where_pytorch_has_amx_a_prompt_is_its_own(monkeypatch):
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    for dtype in native.DTYPES:
-        q, keys, values, positions = prompt_of(200, 110, 1, 1, 8, dtype)
-        seen = []
-        with monkeypatch.context() as patch:
-            patch.setattr(attention, "masked_attention", lambda *x, seen=seen: seen.append(x))
-            attend = attention.build(dtype, 1, 8)
-            attend(q, keys, values, positions, sized(315))
-            attend(q[:, :1], keys, values, positions[:, :1].contiguous(), sized(315))
-        assert len(seen) == (dtype == torch.bfloat16)
-
-
-# --------------------------------------------------------------------------------------- decoding
-
-
-def logits_of(model):
-    """Request -> the logits of its 3 steps."""
-    requests = [Request(Prompt(x), data=(i, 3)) for i, x in enumerate(prompts(model))]
-    return {i: logits for i, _, logits in greedy(model, requests, Greedy(model, 2), 2)}
-
-
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama3"])
-def test_decoding_with_it_says_what_plain_decoding_says(family, folder_of, capsys):
-    model, _ = load(str(folder_of(family)), "cpu", "float32")
-    expected = logits_of(model)
-    steps.use_attention(model)
-    assert model.attention is not None and not capsys.readouterr().err
-    found = logits_of(model)
-    assert all(torch.equal(found[i].argmax(-1), x.argmax(-1)) for i, x in expected.items())
-    assert all(close(found[i], x, 1e-5) for i, x in expected.items())
-
-
-def test_to_a_compiled_step_it_is_one_operation(folder_of, monkeypatch):
-    model, _ = load(str(folder_of("qwen2")), "cpu", "float32")
-    steps.use_attention(model)
-    expected = logits_of(model)
-    with compiled_whole(monkeypatch) as graphs:
-        model.step = steps.CompiledStep(model)
-        assert same_bits(logits_of(model), expected)
-    (names,) = graphs  # compiled once
-    assert names.count("lab.attend_on_cpu") == 2
-
-
-@pytest.mark.filterwarnings("ignore")  # of PyTorch's own
-def test_the_operation_tells_pytorch_the_truth_about_itself():
-    _, kernel = native.build("attention", BFLOAT16=0, G=1, WIDTH=8)
-    arguments = *drawn(1, 1, 8, "float32"), positions_of(LAST), 700, kernel
-    kinds = ("test_schema", "test_faketensor")  # it has no gradient
-    torch.library.opcheck(torch.ops.lab.attend_on_cpu.default, arguments, test_utils=kinds)
-
-
-def test_where_it_cannot_be_used_a_line_says_so(folder_of, monkeypatch, capsys):
-    folder = str(folder_of("qwen2"))
-
-    def said(dtype="float32"):
-        model, _ = load(folder, "cpu", dtype)
-        steps.use_attention(model)
-        assert model.attention is None and len(logits_of(model)) == 9
-        line, begins = (
-            capsys.readouterr().err,
-            "attention in C++ cannot be used here, PyTorch's is (",
-        )
-        assert line.startswith(begins) and line.endswith(")\n") and line.count("\n") == 1
-        return line.removeprefix(begins)
-
-    assert said("float16").startswith("ValueError: none for torch.float16")
-    with monkeypatch.context() as patch:
-        patch.setattr(attention, "build", lambda *_: lambda q, *_: F.normalize(q))
-        assert said().startswith("ArithmeticError: attention in float32 is off by")
-
-    def fails(*_, **__):
-        raise subprocess.CalledProcessError(1, "g++")
-
-    monkeypatch.setattr(native, "build", fails)
-    assert said().startswith("CalledProcessError")

@@ -16,6 +16,7 @@ from conftest import ROOT, edit
 
 from lab import bench as program
 from lab import bench_landscapes, bench_report, bench_training, fast, random_weights, tasks
+from lab.fused import hf_tensors
 from model import UserError
 
 
@@ -228,7 +229,7 @@ def test_random_weights_are_a_model_in_files_that_others_read(name, tmp_path, mo
         assert x.float().mean() == pytest.approx(mean, abs=0.02)
         assert x.float().std() == pytest.approx(spread, abs=0.01)
     model, _ = fast.load(str(folder), "cpu", "float32")
-    assert all(torch.equal(x, tensors[k].float()) for k, x in fast.hf_tensors(model).items())
+    assert all(torch.equal(x, tensors[k].float()) for k, x in hf_tensors(model).items())
     times = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert random_weights.write(name, large=False) == folder  # it is there already
     assert times == {path: path.stat().st_mtime_ns for path in folder.iterdir()}

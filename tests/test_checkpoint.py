@@ -274,17 +274,25 @@ def test_without_a_compiler_there_is_a_line(folder_of):
         env=os.environ | {"CXX": "no-such-compiler"},
     )
     assert ran.returncode == 2 and ran.stderr.count("\n") == 1
-    assert "compiling for a CPU needs a C++ compiler, and none was found" in ran.stderr
+    needs = "compiling for a CPU needs a C++ compiler, and no-such-compiler is none: install g++"
+    assert needs in ran.stderr
     with pytest.raises(UserError, match="unknown quantisation int4: use int8"):
         load(str(folder_of("llama3")), "cpu", quantize="int4")
 
 
-def test_a_compiler_that_hangs_is_a_line(tmp_path):
+def test_a_compiler_that_hangs_is_a_line(tmp_path, monkeypatch):
     hanging = tmp_path / "g++"
     hanging.write_text("#!/bin/sh\nsleep 30\n")
     hanging.chmod(0o755)
     start = time.monotonic()
-    there = torch._inductor.config.patch({"cpp.cxx": (None, str(hanging))})
-    with there, pytest.raises(UserError, match="gave no answer within 1 s: name another one"):
+    monkeypatch.setenv("CXX", str(hanging))
+    with pytest.raises(UserError, match="gave no answer within 1 s: name another one"):
         checkpoint.check_compiler(1)
     assert time.monotonic() - start < 20
+
+
+@pytest.mark.parametrize("command", ["false", " ", 'g++ "', "/"])
+def test_what_is_no_compiler_is_a_line(command, monkeypatch):
+    monkeypatch.setenv("CXX", command)
+    with pytest.raises(UserError, match="needs a C.. compiler, and .* is none: install g"):
+        checkpoint.check_compiler()

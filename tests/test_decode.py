@@ -275,13 +275,13 @@ def test_drawing_by_hand():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("way", ["plain", "fused", "int8"])
+@pytest.mark.parametrize("way", ["plain", "fused", "int8", "compiled"])
 def test_what_a_request_yields_depends_to_the_bit_on_no_slot_neighbour_or_order(
     dtype, way, folder_of
 ):
-    quantize = {"quantize": "int8"} if way == "int8" else {}
+    options = {"int8": {"quantize": "int8"}, "compiled": {"compile": True}}.get(way, {})
     load = M.load if way == "plain" else fast.load
-    model, _ = load(str(folder_of("qwen2")), "cpu", dtype, **quantize)
+    model, _ = load(str(folder_of("qwen2")), "cpu", dtype, **options)
     tokens, logits = run(model, 4)
     assert [len(tokens[i]) for i in range(9)] == list(LIMITS)
     for order in ([8, 2, 5, 0, 7, 1, 3, 6, 4], [4, 0], [6, 3], [0], [3], [5, 8, 5 - 3, 1]):

@@ -14,14 +14,15 @@ import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from conftest import DTYPES, GOLDEN, ROOT, close, edit, write_tokenizer
+from conftest import DTYPES, GOLDEN, ROOT, close, compiled_whole, edit, write_tokenizer
 from make_golden import FAMILIES
 from test_decode import Greedy, greedy, run, same_bits
 from torch import nn
 
 import model as M
-from lab import checkpoint, fast, steps
-from lab.fast import hf_tensors, load
+from lab import checkpoint, fast, fused, steps
+from lab.fast import load
+from lab.fused import hf_tensors
 from lab.linear import Int8Linear, PackedLinear, packs
 from model import Config, KVCache, Prompt, Request, Transformer, UserError, decode
 from softcot import Sampler
@@ -32,8 +33,8 @@ from softcot import Sampler
 @pytest.mark.parametrize("family", FAMILIES)
 def test_hidden_states_and_logits_are_those_of_transformers(family, folder_of):
     model, _ = load(str(folder_of(family)), "cpu", "float32")
-    assert isinstance(model.layers[0].self_attn, fast.FusedAttention)
-    assert isinstance(model.layers[0].mlp, fast.FusedMLP)
+    assert isinstance(model.layers[0].self_attn, fused.FusedAttention)
+    assert isinstance(model.layers[0].mlp, fused.FusedMLP)
     expected = safetensors.torch.load_file(GOLDEN / family / "expected.safetensors")
     hidden = model(model.embed(expected["ids"])[None])
     assert close(hidden[0], expected["hidden"], 1e-5)
@@ -79,10 +80,6 @@ def test_gradients_through_a_fused_model_are_those_of_the_plain_one(folder_of):
 # ---------------------------------------------------------------------------------- other layouts
 
 
-inductor = pytest.mark.skipif(
-    not shutil.which("g++") or torch.__version__.startswith("2.6"),
-    reason="needs a C++ compiler, for which the Inductor of torch 2.6 writes what does not compile",
-)
 native = pytest.mark.skipif(
     not packs(torch.device("cpu"), torch.bfloat16),
     reason="this processor has no bfloat16 instructions",
@@ -161,72 +158,46 @@ def test_in_float32_packed_weights_are_for_few_rows(threads, expected, monkeypat
     assert used == expected
 
 
-@inductor
-def test_a_compiled_step_is_the_step(folder_of, capsys):
+def test_a_compiled_step_is_the_step(folder_of, monkeypatch):
     folder = folder_of("qwen3")
     edit(folder, max_position_embeddings=512)
-    plain, _ = M.load(str(folder), "cpu", "float32")
-    compiled, _ = load(str(folder), "cpu", "float32", compile=True)
-    assert compiled.attention is not None and compiled.step.layers
+    model, _ = M.load(str(folder), "cpu", "float32")
     ids = torch.randint(0, 250, (300,), generator=torch.Generator().manual_seed(0))
 
-    def outs(model, order=(3, 60, 130, 300, 25), rows=3):
+    def outs(order=(3, 60, 130, 300, 25)):
         requests = [Request(Prompt(model.embed(ids[:n])), data=(n, 20)) for n in order]
-        found = greedy(model, requests, Greedy(model, rows), rows)
+        found = greedy(model, requests, Greedy(model, 2), 2)
         return {n: (tokens, logits) for n, tokens, logits in found}
 
-    graphs = torch._dynamo.utils.counters["stats"]
-    before, expected, found = graphs["unique_graphs"], outs(plain), outs(compiled)
+    expected = outs()
+    with compiled_whole(monkeypatch) as graphs:
+        model.step = steps.CompiledStep(model)
+        found, again = outs(), outs((25, 300, 60, 3, 130))
     for n, (tokens, logits) in expected.items():
         assert found[n][0] == tokens and close(found[n][1], logits, 1e-5)
-    again = outs(compiled, (25, 300, 60, 3, 130))
-    assert all(torch.equal(again[n][1], found[n][1]) for n in found)
-    fewer = outs(compiled, rows=2)
-    assert all(fewer[n][0] == tokens for n, (tokens, _) in expected.items())
-    # Compiled once, for lengths of 64 to 320, a cache that grew, and fewer rows.
-    assert graphs["unique_graphs"] == before + 1
-    assert capsys.readouterr().err.count("compiled the step for ") == 1
+        assert torch.equal(again[n][1], found[n][1])
+    assert len(graphs) == 1  # for lengths of 64 to 320, and a cache that grew
 
 
-@inductor
-def test_what_was_compiled_for_a_model_is_not_taken_for_another(folder_of, tmp_path):
+def test_what_was_compiled_for_a_model_is_not_taken_for_another(folder_of, tmp_path, monkeypatch):
     folder = folder_of("qwen3")
     other = Path(shutil.copytree(folder, tmp_path / "other"))
     edit(other, rms_norm_eps=0.5)  # their tensors are the same
-    found = []
-    for path, compile in (folder, True), (other, True), (folder, False), (other, False):
-        model, _ = load(str(path), "cpu", "float32", compile=compile)
-        found.append(run(model, 1, [0])[1][0])
-    assert close(found[0], found[2], 1e-5) and close(found[1], found[3], 1e-5)
-    assert not close(found[2], found[3], 1e-2)
-
-
-@pytest.mark.parametrize("native", [True, False])
-def test_several_rows_are_onednn_s_where_the_processor_multiplies_the_dtype(
-    native, folder_of, monkeypatch
-):
-    monkeypatch.setattr(steps, "multiplies_bfloat16", lambda device, dtype: native)
-    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    model, _ = M.load(str(folder_of("qwen3")), "cpu", "float32")
-    with torch._inductor.config.patch(freezing=False, max_autotune=False):  # as it was, afterwards
-        step, own = steps.CompiledStep(model), []
-        for rows in (1, 2, 16):
-            cache = KVCache(model, rows, 8)
-            cache.reserve(1)
-            step(model.embed(torch.arange(rows)), cache)
-            own.append(torch._inductor.config.max_autotune)  # Inductor's products in C++
-    assert own == ([True, False, False] if native else [True] * 3)
+    plain, found = [], []
+    with compiled_whole(monkeypatch):
+        for path in folder, other:
+            model, _ = M.load(str(path), "cpu", "float32")
+            plain.append(run(model, 1, [0])[1][0])
+            model.step = steps.CompiledStep(model)
+            found.append(run(model, 1, [0])[1][0])
+    assert all(close(x, y, 1e-5) for x, y in zip(found, plain)) and not close(*plain, 1e-2)
 
 
 @pytest.mark.parametrize("rows", [1, 3])
 def test_a_step_of_8_bits_is_compiled_whole(rows, folder_of, monkeypatch):
-    """In pieces, Inductor with freezing took one layer's weights for another's."""
     model, _ = load(str(folder_of("qwen2")), "cpu", "float32", "int8")
-    expected, compile = run(model, rows, range(3))[1], torch.compile
-    monkeypatch.setattr(
-        torch, "compile", lambda f, **_: compile(f, backend="eager", fullgraph=True)
-    )
-    with torch._inductor.config.patch(freezing=False, max_autotune=False):
+    expected = run(model, rows, range(3))[1]
+    with compiled_whole(monkeypatch):
         model.step = steps.CompiledStep(model)
         found = run(model, rows, range(3))[1]
     assert all(close(found[i], logits, 1e-5) for i, logits in expected.items())

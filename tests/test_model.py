@@ -17,6 +17,7 @@ from torch import nn
 
 import model as M
 from lab import checkpoint, fast
+from lab.fused import hf_tensors
 from model import Config, Tokenizer, Transformer, UserError, check_prompt, check_ranges, load
 
 # -------------------------------------------------------------------------------- the transformer
@@ -87,7 +88,7 @@ def test_shards_and_one_file_load_the_same(folder_of):
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     sharded, _ = load(str(folder), "cpu", "float32")
     fused, _ = fast.load(str(folder), "cpu", "float32")
-    views, parameters = fast.hf_tensors(fused), dict(sharded.named_parameters())
+    views, parameters = hf_tensors(fused), dict(sharded.named_parameters())
     assert {M.hf_name(name) for name in parameters} == set(views) == set(tensors)
     for name, parameter in whole.named_parameters():  # every tensor is at its place
         assert torch.equal(parameter, parameters[name])

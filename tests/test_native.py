@@ -9,13 +9,14 @@ import pytest
 from lab import native
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
-SIZES = "-DT=X", "-DBFLOAT16=0"
+SIZES = {"T": "X", "BFLOAT16": 0}
+library = native.library.__wrapped__  # without what this process has already
 
 
 @pytest.fixture
 def compilations(tmp_path, monkeypatch):
     """The commands that made a library in an empty cache."""
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     made, run = [], subprocess.run
     monkeypatch.setattr(
         subprocess, "run", lambda x, **kw: (made.append(x) if "-o" in x else None, run(x, **kw))[1]
@@ -23,12 +24,13 @@ def compilations(tmp_path, monkeypatch):
     return made
 
 
-def test_a_library_is_compiled_once_for_its_options(compilations, tmp_path):
+def test_a_library_is_compiled_once_for_its_sizes(compilations, tmp_path, capsys):
     for _ in range(2):
-        assert native.compiled("products", *SIZES).run
-    assert len(compilations) == 1 == len(list(tmp_path.glob("lab/products-*.so")))
-    assert native.compiled("products", "-march=native", *SIZES).run and len(compilations) == 2
-    assert all(path.suffix == ".so" for path in tmp_path.glob("lab/*"))  # nothing else is left
+        assert library("products", **SIZES).run
+    assert len(compilations) == 1 == len(list(tmp_path.glob("soft-thinking/products-*.so")))
+    assert library("products", **SIZES | {"T": "int8_t"}).run and len(compilations) == 2
+    assert all(path.suffix == ".so" for path in tmp_path.glob("*/*"))  # nothing else is left
+    assert capsys.readouterr().err.count("compiled products.cpp in ") == 2
 
 
 def test_a_changed_file_is_compiled_anew(compilations, tmp_path, monkeypatch):
@@ -37,8 +39,7 @@ def test_a_changed_file_is_compiled_anew(compilations, tmp_path, monkeypatch):
         (tmp_path / "vectors.h").write_text(f"constexpr int more = {more};")
         code = f'#include "vectors.h"\nextern "C" const int number = {number} + more;'
         (tmp_path / "own.cpp").write_text(code)
-        library = native.compiled("own")
-        assert ctypes.c_int.in_dll(library, "number").value == number + more
+        assert ctypes.c_int.in_dll(library("own"), "number").value == number + more
     assert len(compilations) == 3
 
 
@@ -47,5 +48,5 @@ def test_what_does_not_compile_leaves_nothing(compilations, tmp_path, monkeypatc
     (tmp_path / "vectors.h").touch()
     (tmp_path / "own.cpp").write_text("no C++")
     with pytest.raises(subprocess.CalledProcessError):
-        native.compiled("own")
-    assert list(tmp_path.glob("lab/*")) == []
+        library("own")
+    assert list(tmp_path.glob("soft-thinking/*")) == []

@@ -30,7 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from lab import fast
+from lab import fast, fused
 from model import Config, Prompt, Request, Tokenizer, Transformer, decode
 
 # ----------------------------------------------------------------------------------------- problems
@@ -512,7 +512,7 @@ def save(kind, model, tokenizer, folder):
     save_file(
         {
             name: t.detach().to("cpu", torch.bfloat16).contiguous()
-            for name, t in fast.hf_tensors(model).items()
+            for name, t in fused.hf_tensors(model).items()
         },
         folder / "model.safetensors",
         metadata={"format": "pt"},
@@ -538,7 +538,7 @@ def make_model(kind, seed):
     model = Transformer(Config.from_json(kind.config))
     torch.nn.init.normal_(model.embed.weight, std=0.02)
     for block in model.layers:
-        fast.fuse(block)
+        fused.fuse(block)
         a, m = block.self_attn, block.mlp
         # What writes to the residual stream starts small, the rest keeps variance.
         for linear, small in (a.qkv, 1.0), (a.o_proj, 0.2), (m.gate_up, 1.0), (m.down_proj, 0.2):

@@ -1,0 +1,140 @@
+// A decoding step on a CPU: each row goes on by one embedding, through all layers, in one call.
+//
+// lab/cpu.py compiles it for a model's numbers (float or bfloat16). Products and attention, which
+// take the time, are kernels of their own (lab/products.cpp, lab/attention.cpp); what stands
+// between them is here, as in model.py: what model.py rounds to its numbers is rounded, too. One
+// team of threads goes through the step together; `omp for` shares out rows, and waits for all.
+
+#include <algorithm>
+#include <vector>
+
+#include "vectors.h"
+
+typedef void Multiply(const X* x, const void* panels, const X* scale, const X* bias, X* y,
+                      int64_t B, int64_t K, int64_t N);
+typedef void Attend(const X* q, const X* keys, const X* values, const int64_t* last, X* out,
+                    int64_t B, int64_t K, int64_t S, int64_t row, int64_t head, float* parts,
+                    float* lse);
+
+struct Linear {  // panels as lab/products.cpp has them; scale and bias may be null
+    const void* panels;
+    const X *scale, *bias;
+    int64_t K, N;
+};
+
+struct Layer {
+    Linear qkv, o, gate_up, down;
+    const X *norm, *q_norm, *k_norm, *mlp_norm;  // q_norm and k_norm may be null
+};
+
+struct Model {
+    const Layer* layers;
+    Linear head;
+    const X* norm;
+    int64_t count, d, H, K, h, F;  // layers; widths and heads as in model.py; F: of an MLP
+    float eps;
+    Multiply* multiply;
+    Attend* attend;
+};
+
+// y = x / sqrt(mean x² + eps) * weight
+static void rms_norm(const X* x, const X* weight, X* y, int64_t n, float eps) {
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < n; i++) sum += number(x[i]) * number(x[i]);
+    float scale = 1 / sqrtf(sum / n + eps);
+    for (int64_t i = 0; i < n; i++) store(y + i, number(x[i]) * scale * number(weight[i]));
+}
+
+// Pairs half a head apart: x cos + (x, rolled by half) sin
+static void rotate(const X* x, const float* cos, const float* sin, X* y, int64_t h) {
+    for (int64_t i = 0; i < h / 2; i++) {
+        float a = number(x[i]), b = number(x[i + h / 2]);
+        store(y + i, a * cos[i] + b * sin[i]);
+        store(y + i + h / 2, b * cos[i + h / 2] + a * sin[i + h / 2]);
+    }
+}
+
+// y = silu(gate) * up: V at a time, by e^-|x|, which is 1 at most, and the last few one by one
+static void swiglu(const X* gate, const X* up, X* y, int64_t n) {
+    int64_t i = 0;
+    for (; i + V <= n; i += V) {
+        vec x = numbers(gate + i), e = exponential(x < 0 ? x : -x);
+        vec z = x * (x < 0 ? e : vec{} + 1) / (1 + e);
+        X silu[V];
+        store(silu, z);
+        store(y + i, numbers(silu) * numbers(up + i));
+    }
+    for (; i < n; i++) {
+        X silu;
+        store(&silu, number(gate[i]) / (1 + expf(-number(gate[i]))));
+        store(y + i, number(silu) * number(up[i]));
+    }
+}
+
+// x [B, d] -> hidden [B, d], logits [B, vocabulary]; overwrites x. cos, sin [B, h] and last [B]:
+// at each row's new position. keys, values [layers] of [B, K, ., h], with the strides of a row and
+// of a head. S: more than any of last.
+extern "C" void run(const Model* model, X* x, const float* cos, const float* sin,
+                    const int64_t* last, X* const* keys, X* const* values, X* hidden,
+                    float* logits, int64_t B, int64_t S, int64_t row, int64_t head, int threads) {
+    const Model& m = *model;
+    int64_t H = m.H, K = m.K, h = m.h, heads = H + 2 * K, chunks = (S + CHUNK - 1) / CHUNK;
+    static thread_local std::vector<X> room;
+    static thread_local std::vector<float> sums;
+    int64_t wide = std::max(heads * h, 2 * m.F);
+    room.resize(B * (std::max(m.d, m.F) + wide + 2 * H * h + m.d + m.head.N));
+    sums.resize(B * H * chunks * (h + 1));
+    X *n = room.data(), *y = n + B * std::max(m.d, m.F), *q = y + B * wide, *a = q + B * H * h,
+      *z = a + B * H * h, *out = z + B * m.d;
+    float *parts = sums.data(), *lse = parts + B * H * chunks * h;
+    auto multiply = [&](const X* from, const Linear& w, X* to) {
+        m.multiply(from, w.panels, w.scale, w.bias, to, B, w.K, w.N);
+    };
+    auto turn = [&](X* from, const X* weight, X* to, int64_t b) {
+        if (weight) rms_norm(from, weight, from, h, m.eps);
+        rotate(from, cos + b * h, sin + b * h, to, h);
+    };
+    auto add_and_norm = [&](const X* weight, X* to) {
+#pragma omp for
+        for (int64_t b = 0; b < B; b++) {
+            X *sum = x + b * m.d, *more = z + b * m.d;
+            for (int64_t i = 0; i < m.d; i++) store(sum + i, number(sum[i]) + number(more[i]));
+            rms_norm(sum, weight, to + b * m.d, m.d, m.eps);
+        }
+    };
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for
+        for (int64_t b = 0; b < B; b++)
+            rms_norm(x + b * m.d, m.layers[0].norm, n + b * m.d, m.d, m.eps);
+        for (int64_t l = 0; l < m.count; l++) {
+            const Layer& layer = m.layers[l];
+            multiply(n, layer.qkv, y);
+#pragma omp for
+            for (int64_t b = 0; b < B; b++) {
+                X *from = y + b * heads * h, *k = from + H * h, *v = k + K * h;
+                int64_t at = b * row + last[b] * h;
+                for (int64_t i = 0; i < H; i++)
+                    turn(from + i * h, layer.q_norm, q + (b * H + i) * h, b);
+                for (int64_t i = 0; i < K; i++) {
+                    turn(k + i * h, layer.k_norm, keys[l] + at + i * head, b);
+                    memcpy(values[l] + at + i * head, v + i * h, h * sizeof(X));
+                }
+            }
+            m.attend(q, keys[l], values[l], last, a, B, K, S, row, head, parts, lse);
+            multiply(a, layer.o, z);
+            add_and_norm(layer.mlp_norm, n);
+            multiply(n, layer.gate_up, y);
+#pragma omp for
+            for (int64_t b = 0; b < B; b++)
+                swiglu(y + b * 2 * m.F, y + b * 2 * m.F + m.F, n + b * m.F, m.F);
+            multiply(n, layer.down, z);
+            bool end = l == m.count - 1;
+            add_and_norm(end ? m.norm : m.layers[l + 1].norm, end ? hidden : n);
+        }
+        multiply(hidden, m.head, out);
+#pragma omp for
+        for (int64_t i = 0; i < B * m.head.N; i++) logits[i] = number(out[i]);
+    }
+}
