@@ -3,9 +3,9 @@
     model, tokenizer = load("qwen2.5-7b", quantize="int8", compile=True)
 
 Fused matrices (lab/fused.py), weights laid out for a CPU's products or kept in 8 bits
-(lab/linear.py), steps in C++ (lab/cpu.py), our own kernels for CUDA (lab/kernels.py), steps compiled
-by Inductor or recorded as CUDA graphs (lab/steps.py), and a plan of what fits in memory. Each can be
-read by itself; none is needed to understand a method.
+(lab/linear.py), steps in C++ (lab/cpu.py), our own kernels for CUDA (lab/kernels.py), steps
+compiled by Inductor or recorded as CUDA graphs (lab/steps.py), and a plan of what fits in memory.
+Each can be read by itself; none is needed to understand a method.
 """
 
 from collections.abc import Callable
