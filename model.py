@@ -260,13 +260,13 @@ class KVCache:
     """Keys and values of `rows` sequences, each at its own length: [rows, K, capacity, h] a layer.
 
     Attention reads the first S positions, the longest length in use rounded up: shapes stay few,
-    a row's bits the same beside any others. `advance` and `attend` run on the device alone.
+    a row's bits the same beside any others. live, bool [rows]: steps may leave other rows out.
     """
 
     def __init__(self, model: Transformer, rows: int, capacity: int):
         c, weight = model.config, model.embed.weight
         self.K, self.G = c.kv_heads, c.heads // c.kv_heads  # G query heads share keys and values
-        self.rows = torch.arange(rows, device=weight.device)[:, None]
+        self.rows, self.live = torch.arange(rows, device=weight.device)[:, None], None
         self.lengths = torch.zeros(rows, dtype=torch.long, device=weight.device)
         # Zeros, because what is masked is still multiplied (by 0), and 0 * NaN is NaN.
         shape = (rows, self.K, self.rounded(capacity, weight.device) + 1, c.head_dim)
@@ -400,8 +400,8 @@ def decode(
     c, device, N = model.config, model.device, min(max_new_tokens, model.config.context)
     cache, every = KVCache(model, rows, 256), torch.arange(rows, device=device)
     embeds = model.embed.weight.new_zeros(rows, c.d)  # what each row is fed next
-    eos = torch.tensor(c.eos_ids, device=device)
     at = At(t=torch.zeros_like(every), live=torch.zeros_like(every, dtype=torch.bool))
+    eos, cache.live = torch.tensor(c.eos_ids, device=device), at.live
     # Per step; the last place is for rows that have ended.
     u = torch.zeros(rows, N + 1, device=device)
     tokens, limit = every.new_zeros(rows, N + 1), every.new_zeros(rows)

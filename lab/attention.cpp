@@ -120,13 +120,13 @@ static void attend_chunk(const X* q, const X* k, const X* v, int n, float* out, 
     memcpy(out, y, sizeof y);
 }
 
-// q, out [B, K, G, WIDTH]; keys, values [B, K, ., WIDTH], with the strides of a row and of a head;
-// last [B] < S, the last position that each row sees; room for parts [B, K, chunks, G, WIDTH], for
-// the chunks of S positions, and for sums [.., G]. All threads of a team call it, and share the
-// chunks.
-extern "C" void run(const X* q, const X* keys, const X* values, const int64_t* last, X* out,
-                    int64_t B, int64_t K, int64_t S, int64_t row, int64_t head, float* y,
-                    float* sums) {
+// q, out [B, K, G, WIDTH]; rows [B], of a cache; last [B] < S, the last position that each of them
+// sees; keys, values [., K, ., WIDTH], with the strides of a row and of a head; room for parts
+// [B, K, chunks, G, WIDTH], for the chunks of S positions, and for sums [B, K, chunks, G]. All
+// threads of a team call it, and share the chunks.
+extern "C" void run(const X* q, const int64_t* rows, const int64_t* last, const X* keys,
+                    const X* values, X* out, int64_t B, int64_t K, int64_t S, int64_t row,
+                    int64_t head, float* y, float* sums) {
     int64_t chunks = (S + CHUNK - 1) / CHUNK;
     static thread_local std::vector<int64_t> tasks;  // [B + 1]: a row's first, of chunks in use
     tasks.resize(B + 1);
@@ -138,7 +138,7 @@ extern "C" void run(const X* q, const X* keys, const X* values, const int64_t* l
         int64_t b = std::upper_bound(begin, end, task) - begin - 1, used = last[b] / CHUNK + 1;
         int64_t kv = (task - begin[b]) / used, chunk = (task - begin[b]) % used;
         int64_t first = chunk * CHUNK, n = std::min<int64_t>(CHUNK, last[b] + 1 - first);
-        int64_t start = b * row + kv * head + first * WIDTH, bk = b * K + kv;
+        int64_t start = rows[b] * row + kv * head + first * WIDTH, bk = b * K + kv;
         int64_t at = bk * chunks + chunk;
         attend_chunk(q + bk * G * WIDTH, keys + start, values + start, n,
                      y + at * G * WIDTH, sums + at * G);

@@ -179,9 +179,9 @@ def bench_decoding(args: argparse.Namespace) -> tuple[list[str], dict]:
             contenders[name], prefills[name] = peer.step, peer.prefill
             versions.append(peer.version)
     kind = str(dtype)[6:] + (", weights in int8" if args.quantize else "")
-    kind += ", compiled" if args.compile else ""
-    kind += f", {'Triton' if device.type == 'cuda' else 'C++'} kernels" if kernel else ""
-    took = f"; compiling took {', '.join(compiling)}" if args.compile else ""
+    kind += ", compiled" if "step" in vars(model) else ""  # where it could be
+    kind += ", Triton's kernels" if kernel and device.type == "cuda" else ""
+    took = f"; the first run took {', '.join(compiling)} more" if args.compile else ""
     runs = f"{args.repeats} repetitions in turns"
     header = [
         f"{args.model}, {kind}, {timing.hardware(device)}; {', '.join(versions)}",

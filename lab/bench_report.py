@@ -125,8 +125,9 @@ def describe(device: str | None = None) -> int:
         return 2
     code = hashlib.sha256()
     for folder in (".", "lab", "baselines", "tests"):
-        for path in sorted((flags.ROOT / folder).glob("*.py")):
-            code.update(path.read_bytes())
+        for path in sorted((flags.ROOT / folder).iterdir()):
+            if path.suffix in (".py", ".cpp", ".h"):
+                code.update(path.read_bytes())
     about = {"machine": timing.hardware(device), "device": device.type}
     about |= {"torch": torch.__version__, "CUDA": torch.version.cuda}
     about |= {"Python": platform.python_version(), "commit": commit()}

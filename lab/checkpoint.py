@@ -48,7 +48,7 @@ def check_compiler(patience: float = 60) -> None:
     name, quiet = os.environ.get("CXX") or "g++", subprocess.DEVNULL
     try:
         subprocess.run(
-            [*native.compiler(), "-x", "c++", "-fsyntax-only", os.devnull],
+            [*native.compiler(), *native.FLAGS, "-x", "c++", "-fsyntax-only", os.devnull],
             check=True,
             # Not pipes: what a compiler leaves running would keep them open.
             stdin=quiet,
@@ -63,8 +63,8 @@ def check_compiler(patience: float = 60) -> None:
         ) from None
     except (OSError, ValueError, subprocess.CalledProcessError):
         raise UserError(
-            f"compiling for a CPU needs a C++ compiler, and {name} is none: install g++ (or name "
-            "one in the environment variable CXX), or leave --compile out"
+            f"--compile on a CPU needs a compiler of C++20 with OpenMP, and {name} is not one: "
+            "install g++, name another in the environment variable CXX, or leave --compile out"
         ) from None
 
 

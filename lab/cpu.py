@@ -17,38 +17,42 @@ from torch import Tensor, nn
 from lab import native, steps
 from lab.fused import fuse
 from lab.linear import Int8Linear, exchange
-from model import KVCache, Transformer
+from model import KVCache, Transformer, masked_attention
 
 
-def use(model: Transformer, room: bool) -> None:
+def use(model: Transformer, needed: float, free: float) -> None:
     """Decode in C++, if it gives what PyTorch does; else a line says why not.
 
-    The model's blocks are fused, its linear layers all in 8 bits or none. room: for a second copy
-    of the weights.
+    The model's blocks are fused, its linear layers all in 8 bits or none. needed: the bytes of its
+    weights; free: those that were free before it was loaded.
     """
-    c, dtype = model.config, model.embed.weight.dtype
+    c, dtype, what = model.config, model.embed.weight.dtype, "steps in C++ cannot be used here"
     try:
-        step = Step(model)
-        if not native.has_amx(dtype):  # with it PyTorch's attention of a prompt was not timed
+        if dtype not in native.DTYPES:
+            raise ValueError(f"none for {str(dtype)[6:]}: use bfloat16 or float32")
+        if not native.has_amx(dtype):
             attend = prompt_attention(dtype, c.heads // c.kv_heads, c.head_dim)
             steps.check_attention(attend, model, 30)
             model.attention = attend
-        if not room:
-            raise MemoryError("no room for a second copy of the weights")
+        if free <= 3 * needed:  # the weights, a second copy, and as much to spare
+            wanted = f"with a second copy of the weights they want {3 * needed / 1e9:.1f} GB"
+            steps.refuse(what, MemoryError(f"{wanted}, {free / 1e9:.1f} GB are free"))
+            return
         check(model)
-        model.step = step
-        keep_freed_memory()
+        model.step = Step(model)
     except Exception as error:  # noqa: BLE001 (of the compiler, of the system)
-        steps.refuse("steps in C++ cannot be used here, PyTorch's are", error)
+        steps.refuse(what, error)
+        return
+    keep_freed_memory()
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep what is freed, 1 GB at most, in blocks of up to 32 MB.
+    """Have glibc keep what is freed, up to 1 GB at the end of its heap, in blocks of up to 32 MB.
 
-    Each step needs again what the last one freed, such as a concept token's probabilities of all
-    words. The system's pages are cleared first, which takes longer than the step's arithmetic.
+    Each step needs again what the last one freed, such as the probabilities of all words. The
+    system would clear the pages first, which takes longer than computing with them (lab/SPEED.md).
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other libraries have none
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
     if mallopt:
         mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
         mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD
@@ -57,88 +61,104 @@ def keep_freed_memory() -> None:
 # ----------------------------------------------------------------------------------------- a step
 
 
-class Panels(ctypes.Structure):  # these three are lab/step.cpp's, member by member
-    _fields_ = [("panels", c_void_p), ("scale", c_void_p), ("bias", c_void_p)]
+class Matrix(ctypes.Structure):  # these three are lab/step.cpp's, member by member
+    _fields_ = [(name, c_void_p) for name in ("panels", "scale", "bias")]
     _fields_ += [("K", c_int64), ("N", c_int64)]
 
 
 class Layer(ctypes.Structure):
-    _fields_ = [(name, Panels) for name in ("qkv", "o", "gate_up", "down")]
+    _fields_ = [(name, Matrix) for name in ("qkv", "o", "gate_up", "down")]
     _fields_ += [(name, c_void_p) for name in ("norm", "q_norm", "k_norm", "mlp_norm")]
 
 
 class Model(ctypes.Structure):
-    _fields_ = [("layers", ctypes.POINTER(Layer)), ("head", Panels), ("norm", c_void_p)]
+    _fields_ = [("layers", ctypes.POINTER(Layer)), ("head", Matrix), ("norm", c_void_p)]
     _fields_ += [(name, c_int64) for name in ("count", "d", "H", "K", "h", "F")]
     _fields_ += [("eps", c_float), ("multiply", c_void_p), ("attend", c_void_p)]
 
 
 class Step:
-    """Transformer.step in C++ (lab/step.cpp).
+    """Transformer.step in C++ (lab/step.cpp), without gradients and without a module's hooks.
 
-    The weights are taken as they are at the first step, laid out for the products: a second copy.
-    A row's bits depend on no other row, and not on how many there are. ValueError for what it does
-    not compute, CalledProcessError where it does not compile.
+    The weights are laid out for its products: a second copy, made anew where they have changed. A
+    row's bits depend on no other row, and not on how many there are: rows that are not in use are
+    left out, and get zeros. With AMX in bfloat16 more than 16 rows are PyTorch's, all of them.
     """
 
     def __init__(self, model: Transformer):
-        c, dtype = model.config, model.embed.weight.dtype
-        if dtype not in native.DTYPES or c.head_dim % 8 or c.d % 2 or c.ffn % 2:
-            raise ValueError(f"none for {dtype}, widths {c.d} and {c.ffn}, heads of {c.head_dim}")
-        self.model, self.laid_out = model, None
-        # PyTorch's products of many rows are faster there.
-        self.most = 16 if native.has_amx(dtype) and isinstance(model.lm_head, nn.Linear) else None
+        self.model, self.laid_out = model, LaidOut(model)
+        few = native.has_amx(self.laid_out.dtype) and isinstance(model.lm_head, nn.Linear)
+        self.most = 16 if few else None  # many rows were not timed there
 
     def __getstate__(self) -> dict:  # a copy lays its own weights out
         return self.__dict__ | {"laid_out": None}
 
     def __call__(self, embeds: Tensor, cache: KVCache) -> tuple[Tensor, Tensor]:
-        c, B, keys = self.model.config, len(embeds), cache.keys[0]
-        if self.most and B > self.most:
+        if self.most and len(embeds) > self.most:
             return Transformer.step(self.model, embeds, cache)
-        assert embeds.dtype == keys.dtype == self.model.embed.weight.dtype
-        self.laid_out = self.laid_out or LaidOut(self.model)
-        positions = cache.lengths[:, None].clone()
+        if not self.laid_out or self.laid_out.changed():
+            self.laid_out = None  # its memory is free
+            self.laid_out = LaidOut(self.model)
+        c, keys = self.model.config, cache.keys[0]
+        rows = cache.rows[:, 0] if cache.live is None else cache.live.nonzero()[:, 0]
+        positions, B = cache.lengths[rows], len(rows)
+        alike = embeds.is_cpu and embeds.dtype == keys.dtype == self.laid_out.dtype
+        if not alike or embeds.shape != (len(keys), c.d) or (positions >= cache.S).any():
+            raise ValueError("a step's embeddings and cache are unlike the model, or it is full")
         cache.lengths += 1
-        cos, sin = self.model.rotation(positions, cache.S)
-        x = embeds.clone(memory_format=torch.contiguous_format)
+        x = embeds[rows].contiguous()
+        cos, sin = self.model.rotation(positions[:, None], cache.S)
         hidden, logits = torch.empty_like(x), x.new_empty(B, c.vocab_size, dtype=torch.float32)
-        tensors = (x, cos, sin, positions), cache.keys, cache.values, (hidden, logits)
+        tensors = (x, rows, positions, cos, sin), cache.keys, cache.values, (hidden, logits)
         given, keys_at, values_at, out = ([t.data_ptr() for t in some] for some in tensors)
         Pointers = c_void_p * c.layers
         self.laid_out.run(
             *given, Pointers(*keys_at), Pointers(*values_at), *out, B, cache.S, *keys.stride()[:2]
         )
+        if B < len(embeds):
+            wide = (y.new_zeros(len(embeds), y.shape[1]) for y in (hidden, logits))
+            hidden, logits = (y.index_copy_(0, rows, z) for y, z in zip(wide, (hidden, logits)))
         return hidden, logits
 
 
 class LaidOut:
-    """A model's weights as lab/step.cpp takes them, each matrix in panels of lab/products.cpp."""
+    """A model as lab/step.cpp takes it, each matrix in panels of lab/products.cpp.
+
+    ValueError for shapes that it does not compute, RuntimeError where it does not compile.
+    """
 
     def __init__(self, model: Transformer):
-        c, dtype, int8 = model.config, model.embed.weight.dtype, hasattr(model.lm_head, "scale")
-        sizes = {"BFLOAT16": int(dtype == torch.bfloat16)}
+        c, int8 = model.config, hasattr(model.lm_head, "scale")
+        if c.head_dim % 8 or c.d % 2 or c.ffn % 2:
+            raise ValueError(f"none for widths {c.d} and {c.ffn}, and heads of {c.head_dim}")
+        self.dtype = model.embed.weight.dtype
+        sizes = {"BFLOAT16": int(self.dtype == torch.bfloat16)}
         heads = {"G": c.heads // c.kv_heads, "WIDTH": c.head_dim}
         self.products = native.library("products", **sizes, T="int8_t" if int8 else "X")
         attention = native.library("attention", **sizes, **heads)
         self.kept: list[Tensor] = []  # what C++ has the addresses of
+        self.versions: list[tuple[Tensor, int]] = []  # of weights, as they were laid out
         layers = (Layer * c.layers)()
         for place, block in enumerate(model.layers):
             a, m = block.self_attn, block.mlp
             matrices = a.qkv, a.o_proj, m.gate_up, m.down_proj
             norms = block.input_layernorm, a.q_norm, a.k_norm, block.post_attention_layernorm
             layers[place] = Layer(
-                *(self.panels(x) for x in matrices), *(self.address(x and x.weight) for x in norms)
+                *(self.matrix(x) for x in matrices), *(self.address(x and x.weight) for x in norms)
             )
         kernels = (ctypes.cast(x.run, c_void_p) for x in (self.products, attention))
-        head, norm = self.panels(model.lm_head), self.address(model.norm.weight)
+        head, norm = self.matrix(model.lm_head), self.address(model.norm.weight)
         numbers = c.layers, c.d, c.heads, c.kv_heads, c.head_dim, c.ffn, c.norm_eps
         self.whole = Model(layers, head, norm, *numbers, *kernels)
         self.step = native.library("step", **sizes).run
-        self.step.restype, self.step.argtypes = None, [*9 * [c_void_p], *4 * [c_int64], c_int]
+        self.step.restype, self.step.argtypes = None, [*10 * [c_void_p], *4 * [c_int64], c_int]
 
     def run(self, *arguments: int | ctypes.Array) -> None:
         self.step(ctypes.addressof(self.whole), *arguments, torch.get_num_threads())
+
+    def changed(self) -> bool:
+        """Whether a weight is another one by now, as by an adapter that was merged."""
+        return any(W._version != version for W, version in self.versions)
 
     def address(self, x: Tensor | None) -> int | None:
         if x is None:
@@ -146,10 +166,12 @@ class LaidOut:
         self.kept.append(x)
         return x.data_ptr()
 
-    def panels(self, layer: nn.Module) -> Panels:
-        panels = in_panels(self.products, layer.weight.detach())
-        tensors = panels, getattr(layer, "scale", None), layer.bias
-        return Panels(*(self.address(x) for x in tensors), *layer.weight.shape[::-1])
+    def matrix(self, layer: nn.Module) -> Matrix:
+        W = layer.weight.detach()
+        if not W.is_inference():  # one made in inference mode does not tell when it changes
+            self.versions.append((W, W._version))
+        tensors = in_panels(self.products, W), getattr(layer, "scale", None), layer.bias
+        return Matrix(*(self.address(x) for x in tensors), *W.shape[::-1])
 
 
 def in_panels(products: ctypes.CDLL, W: Tensor) -> Tensor:
@@ -159,18 +181,20 @@ def in_panels(products: ctypes.CDLL, W: Tensor) -> Tensor:
     """
     C, P = (c_int.in_dll(products, name).value for name in ("columns", "pairs"))
     N, K = W.shape
-    return F.pad(W, (0, 0, 0, -N % C)).view(-1, C, K // P, P).transpose(1, 2).contiguous()
+    W = F.pad(W, (0, 0, 0, -N % C)) if N % C else W
+    return W.reshape(-1, C, K // P, P).transpose(1, 2).contiguous()
 
 
 @torch.inference_mode()
 def check(model: Transformer) -> None:
     """ArithmeticError where a step in C++ and PyTorch's differ by more than rounding.
 
-    In a small random model of the same kind, whose panels, blocks and groups of rows are not all
-    full; its rows stand in their first chunk of 256 positions, the second and the third.
+    In a small random model with the same kernels, whose panels, blocks and groups of rows are not
+    all full; its rows stand in their first chunk of 256 positions, the second and the third.
     """
     dtype, generator = model.embed.weight.dtype, torch.Generator().manual_seed(0)
-    c = replace(model.config, layers=2, d=304, ffn=100, vocab_size=300, tied=False)
+    c, G = model.config, model.config.heads // model.config.kv_heads
+    c = replace(c, layers=2, d=304, ffn=100, vocab_size=300, tied=False, heads=2 * G, kv_heads=2)
     with torch.device("meta"):
         small = Transformer(c)
     small.to_empty(device="cpu")
@@ -184,7 +208,7 @@ def check(model: Transformer) -> None:
         exchange(small, Int8Linear)
     exact, step = copy.deepcopy(small).float(), Step(small)
     for rows in (1, 7, 16):
-        lengths = torch.tensor([255, 3, 700] * 6)[:rows]
+        lengths = torch.tensor([256, 3, 700] * 6)[:rows]
         caches = [KVCache(x, rows, 800) for x in (small, exact)]
         for own, theirs in zip(*(x.keys + x.values for x in caches)):
             own.copy_(3 * torch.randn(own.shape, generator=generator))
@@ -205,11 +229,11 @@ def prompt_attention(dtype: torch.dtype, G: int, h: int) -> Callable:
     """What stands in for model.masked_attention, for G query heads of width h to a KV head.
 
     In a long prompt attention takes most of the time, though it has the smaller part of the
-    arithmetic (lab/prefill.cpp). ValueError for what it does not compute, CalledProcessError where
-    it does not compile.
+    arithmetic (lab/prefill.cpp). ValueError for what it does not compute, RuntimeError where it
+    does not compile.
     """
-    if dtype not in native.DTYPES or h % 8:
-        raise ValueError(f"none for {dtype} and heads of width {h}")
+    if h % 8:
+        raise ValueError(f"none for heads of width {h}")
     sizes = {"BFLOAT16": int(dtype == torch.bfloat16), "G": G, "WIDTH": h}
     run = native.library("prefill", **sizes).run
     run.restype, run.argtypes = None, [*5 * [c_void_p], *5 * [c_int64], c_int]
@@ -219,7 +243,10 @@ def prompt_attention(dtype: torch.dtype, G: int, h: int) -> Callable:
 
         Where the processor multiplies bfloat16 in pairs, a softmax's weights are rounded to it.
         """
-        assert q.dtype == k.dtype == dtype
+        if q.shape[1] == 1:  # for a step it would lay all keys and values out
+            return masked_attention(q, k, v, positions, mask)
+        if q.requires_grad or not q.dtype == k.dtype == dtype:
+            raise ValueError("no gradients, and no other dtype than the model had")
         q = q.contiguous()
         (B, T), K, y = q.shape[:2], k.shape[1], torch.empty_like(q)
         tensors = (x.data_ptr() for x in (q, k, v, positions, y))

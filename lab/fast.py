@@ -53,7 +53,7 @@ def load(
     config = checkpoint.check_config(folder)
     needed = weight_bytes(config, dtype, quantize, N)
     checkpoint.check_memory(needed, device, dtype, quantize)
-    # Room for the weights, for as much again, for a copy for steps in C++, and for one for oneDNN.
+    # Room for the weights, oneDNN's copy, that of steps in C++, and as much to spare.
     free = checkpoint.free_memory(device)
     pack = not quantize and packs(device, dtype) and free > (3 + on_cpu) * needed
     layer = Int8Linear if quantize else PackedLinear if pack else None
@@ -81,7 +81,7 @@ def load(
     if compile and not on_cpu:
         model.step = steps.CompiledStep(model)
     elif compile:
-        cpu.use(model, free > 3 * needed)
+        cpu.use(model, needed, free)
     if N > 1:
         parallel.join(model, place)
         model.planner = partial(plan, least=place.least)

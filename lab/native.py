@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ DTYPES = torch.float32, torch.bfloat16  # which lab/vectors.h has
 
 
 def has_amx(dtype: torch.dtype) -> bool:
-    """Whether PyTorch multiplies by AMX: there our products for many rows were not timed."""
+    """Whether PyTorch multiplies by AMX: there our products of many rows were not timed."""
     return dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
 
 
@@ -30,26 +30,34 @@ def compiler() -> list[str]:
 
 
 @cache
-def library(name: str, **sizes: str | int) -> ctypes.CDLL:
-    """The library of lab/{name}.cpp for these sizes. It is compiled once, and kept.
+def target(*command: str) -> bytes:
+    """What a compiler defines: it tells its version, and what the processor can."""
+    asked = *command, "-march=native", "-dM", "-E", "-x", "c++", os.devnull
+    return subprocess.run(asked, check=True, capture_output=True).stdout
 
-    CalledProcessError where it does not compile, which takes a second or two.
+
+@cache
+def library(name: str, **sizes: str | int) -> ctypes.CDLL:
+    """The library of lab/{name}.cpp for these sizes, compiled in a second or two, and then kept.
+
+    RuntimeError where it does not compile.
     """
     source, header = (Path(__file__).with_name(x) for x in (f"{name}.cpp", "vectors.h"))
-    command = [*compiler(), *FLAGS, source, *(f"-D{k}={v}" for k, v in sizes.items())]
-    run = partial(subprocess.run, check=True, capture_output=True)
-    # What the compiler defines tells its version, and what the processor can.
-    told = run([*compiler(), "-march=native", "-dM", "-E", "-x", "c++", os.devnull]).stdout
+    options = [*FLAGS, *(f"-D{k}={v}" for k, v in sizes.items())]
     texts = source.read_text(), header.read_text()
-    key = hashlib.sha256(repr((told, texts, command)).encode()).hexdigest()
+    key = repr((target(*compiler()), compiler(), options, texts)).encode()
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "soft-thinking")
-    kept = folder / f"{name}-{key}.so"
+    kept = folder / f"{name}-{hashlib.sha256(key).hexdigest()}.so"
     if not kept.exists():
         start = time.perf_counter()
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
             made = Path(temporary, kept.name)
-            run([*command, "-o", made])
+            command = [*compiler(), *options, str(source), "-o", str(made)]
+            done = subprocess.run(command, check=False, capture_output=True, text=True)
+            if done.returncode:
+                said = [x for x in done.stderr.splitlines() if "error" in x] or [str(done)]
+                raise RuntimeError(f"{source.name} does not compile: {said[0]}")
             made.replace(kept)  # whole, or not at all
         print(f"compiled {source.name} in {time.perf_counter() - start:.0f} s", file=sys.stderr)
     return ctypes.CDLL(kept)

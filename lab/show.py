@@ -146,7 +146,7 @@ class Search:
             with_none = "it goes with none of --task, --data, --output"
             raise UserError(f"--analyse studies one question and prints: {with_none}")
         if args.analyse and (args.compile or args.tensor_parallel > 1):
-            gone = "which are not there any more, or not whole, with --compile or --tensor-parallel"
+            gone = "which --compile passes by, and --tensor-parallel divides"
             raise UserError(f"--analyse looks into the layers, {gone}: leave them out")
 
     @staticmethod

@@ -12,24 +12,24 @@
 
 typedef void Multiply(const X* x, const void* panels, const X* scale, const X* bias, X* y,
                       int64_t B, int64_t K, int64_t N);
-typedef void Attend(const X* q, const X* keys, const X* values, const int64_t* last, X* out,
-                    int64_t B, int64_t K, int64_t S, int64_t row, int64_t head, float* parts,
-                    float* lse);
+typedef void Attend(const X* q, const int64_t* rows, const int64_t* last, const X* keys,
+                    const X* values, X* out, int64_t B, int64_t K, int64_t S, int64_t row,
+                    int64_t head, float* parts, float* lse);
 
-struct Linear {  // panels as lab/products.cpp has them; scale and bias may be null
+struct Matrix {  // [N, K], in panels of lab/products.cpp; scale and bias may be null
     const void* panels;
     const X *scale, *bias;
     int64_t K, N;
 };
 
 struct Layer {
-    Linear qkv, o, gate_up, down;
+    Matrix qkv, o, gate_up, down;
     const X *norm, *q_norm, *k_norm, *mlp_norm;  // q_norm and k_norm may be null
 };
 
 struct Model {
     const Layer* layers;
-    Linear head;
+    Matrix head;
     const X* norm;
     int64_t count, d, H, K, h, F;  // layers; widths and heads as in model.py; F: of an MLP
     float eps;
@@ -72,12 +72,13 @@ static void swiglu(const X* gate, const X* up, X* y, int64_t n) {
     }
 }
 
-// x [B, d] -> hidden [B, d], logits [B, vocabulary]; overwrites x. cos, sin [B, h] and last [B]:
-// at each row's new position. keys, values [layers] of [B, K, ., h], with the strides of a row and
-// of a head. S: more than any of last.
-extern "C" void run(const Model* model, X* x, const float* cos, const float* sin,
-                    const int64_t* last, X* const* keys, X* const* values, X* hidden,
-                    float* logits, int64_t B, int64_t S, int64_t row, int64_t head, int threads) {
+// x [B, d] -> hidden [B, d], logits [B, vocabulary]; overwrites x. rows [B], of a cache; cos, sin
+// [B, h] and last [B]: at their new positions. keys, values [layers] of [., K, ., h], with the
+// strides of a row and of a head. S: more than any of last.
+extern "C" void run(const Model* model, X* x, const int64_t* rows, const int64_t* last,
+                    const float* cos, const float* sin, X* const* keys, X* const* values,
+                    X* hidden, float* logits, int64_t B, int64_t S, int64_t row, int64_t head,
+                    int threads) {
     const Model& m = *model;
     int64_t H = m.H, K = m.K, h = m.h, heads = H + 2 * K, chunks = (S + CHUNK - 1) / CHUNK;
     static thread_local std::vector<X> room;
@@ -88,7 +89,7 @@ extern "C" void run(const Model* model, X* x, const float* cos, const float* sin
     X *n = room.data(), *y = n + B * std::max(m.d, m.F), *q = y + B * wide, *a = q + B * H * h,
       *z = a + B * H * h, *out = z + B * m.d;
     float *parts = sums.data(), *lse = parts + B * H * chunks * h;
-    auto multiply = [&](const X* from, const Linear& w, X* to) {
+    auto multiply = [&](const X* from, const Matrix& w, X* to) {
         m.multiply(from, w.panels, w.scale, w.bias, to, B, w.K, w.N);
     };
     auto turn = [&](X* from, const X* weight, X* to, int64_t b) {
@@ -114,7 +115,7 @@ extern "C" void run(const Model* model, X* x, const float* cos, const float* sin
 #pragma omp for
             for (int64_t b = 0; b < B; b++) {
                 X *from = y + b * heads * h, *k = from + H * h, *v = k + K * h;
-                int64_t at = b * row + last[b] * h;
+                int64_t at = rows[b] * row + last[b] * h;
                 for (int64_t i = 0; i < H; i++)
                     turn(from + i * h, layer.q_norm, q + (b * H + i) * h, b);
                 for (int64_t i = 0; i < K; i++) {
@@ -122,7 +123,7 @@ extern "C" void run(const Model* model, X* x, const float* cos, const float* sin
                     memcpy(values[l] + at + i * head, v + i * h, h * sizeof(X));
                 }
             }
-            m.attend(q, keys[l], values[l], last, a, B, K, S, row, head, parts, lse);
+            m.attend(q, rows, last, keys[l], values[l], a, B, K, S, row, head, parts, lse);
             multiply(a, layer.o, z);
             add_and_norm(layer.mlp_norm, n);
             multiply(n, layer.gate_up, y);

@@ -14,7 +14,7 @@ from model import KVCache, Transformer, UserError, masked_attention
 
 
 class CompiledStep:
-    """Transformer.step compiled by Inductor: what stands between the matrix products is fused.
+    """Transformer.step compiled by Inductor, for CUDA: what stands between products is fused.
 
     It is compiled for each number of rows, and for all lengths.
     """
@@ -80,7 +80,7 @@ def use_kernels(model: Transformer, layers: list[nn.Module]) -> None:
         check_attention(kernels.attend, model, 1)
         kernels.check_products(layers)
     except Exception as error:  # noqa: BLE001 (of Triton, of its compiler, of the driver)
-        refuse("Triton's kernels cannot be used here, PyTorch's are", error)
+        refuse("Triton's kernels cannot be used here", error)
         return
     model.attention = kernels.attend
     for layer in layers:
@@ -89,32 +89,31 @@ def use_kernels(model: Transformer, layers: list[nn.Module]) -> None:
 
 def refuse(what: str, error: Exception) -> None:
     cause = f"{type(error).__name__}: {error}".splitlines()[0]
-    print(f"{what} ({cause})", file=sys.stderr)
+    print(f"{what}, PyTorch's are used ({cause})", file=sys.stderr)
 
 
 @torch.inference_mode()
-def check_attention(attend: Callable, model: Transformer, *queries: int) -> None:
+def check_attention(attend: Callable, model: Transformer, T: int) -> None:
     """ArithmeticError where a kernel and PyTorch differ by more than rounding.
 
-    On random numbers of the model's shapes, for so many queries per row: rows that end in their
-    first chunk of 256 positions, in the second, and with the third; what is behind is NaN.
+    On random numbers of the model's shapes, for T queries per row: rows that end in their first
+    chunk of 256 positions, in the second, and with the third; what is behind is NaN.
     """
     c, E = model.config, model.embed.weight
     generator = torch.Generator(E.device).manual_seed(0)
     place = torch.arange(800, device=E.device)
-    for T in queries:
-        shapes = (3, T, c.heads, c.head_dim), *2 * [(3, c.kv_heads, 800, c.head_dim)]
-        q, keys, values = (
-            torch.randn(shape, generator=generator, device=E.device).to(E.dtype) for shape in shapes
-        )
-        last = torch.tensor([T - 1, 256, 767], device=E.device)[:, None]
-        at = last - T + 1 + place[:T]
-        later = place[:768] > at.repeat(1, c.heads // c.kv_heads)[:, None, :, None]
-        mask = torch.zeros(later.shape, device=E.device).masked_fill(later, -math.inf)
-        exact = masked_attention(*(x.float() for x in (q, keys, values)), at, mask)
-        for x in (keys, values):
-            x.masked_fill_((place > last)[:, None, :, None], math.nan)
-        compare("attention", attend(q, keys, values, at, mask.to(E.dtype)), exact)
+    shapes = (3, T, c.heads, c.head_dim), *2 * [(3, c.kv_heads, 800, c.head_dim)]
+    q, keys, values = (
+        torch.randn(shape, generator=generator, device=E.device).to(E.dtype) for shape in shapes
+    )
+    last = torch.tensor([T - 1, 256, 767], device=E.device)[:, None]
+    at = last - T + 1 + place[:T]
+    later = place[:768] > at.repeat(1, c.heads // c.kv_heads)[:, None, :, None]
+    mask = torch.zeros(later.shape, device=E.device).masked_fill(later, -math.inf)
+    exact = masked_attention(*(x.float() for x in (q, keys, values)), at, mask)
+    for x in (keys, values):
+        x.masked_fill_((place > last)[:, None, :, None], math.nan)
+    compare("attention", attend(q, keys, values, at, mask.to(E.dtype)), exact)
 
 
 def compare(what: str, found: Tensor, exact: Tensor) -> None:

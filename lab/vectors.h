@@ -22,7 +22,7 @@ constexpr int V = 16;  // numbers of a vector
 #else
 constexpr int V = 8;
 #endif
-// Positions of a task of a step's attention, at any length: bits depend on no other row.
+// A step's attention takes so many positions at once, at any length: bits depend on no other row.
 constexpr int CHUNK = 256;
 typedef float vec __attribute__((vector_size(4 * V)));
 typedef int32_t word __attribute__((vector_size(4 * V)));

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -185,7 +184,6 @@ def edit(folder: Path, **changes):
     (folder / "config.json").write_text(json.dumps(config))
 
 
-@contextmanager
 def compiled_whole(monkeypatch):
     """torch.compile traces without Inductor; -> for each graph, the operations that it calls."""
     graphs, compile = [], torch.compile
@@ -198,4 +196,4 @@ def compiled_whole(monkeypatch):
         return compile(function, backend=backend, fullgraph=True, options=options)
 
     monkeypatch.setattr(torch, "compile", whole)
-    yield graphs
+    return graphs

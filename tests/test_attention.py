@@ -20,13 +20,13 @@ def attention_of(dtype, G, h):
     """A step's attention in C++, in a team of one thread: test_cpu.py has more."""
     sizes = {"BFLOAT16": int(dtype == torch.bfloat16), "G": G, "WIDTH": h}
     run = native.library("attention", **sizes).run
-    run.restype, run.argtypes = None, [*5 * [c_void_p], *5 * [c_int64], *2 * [c_void_p]]
+    run.restype, run.argtypes = None, [*6 * [c_void_p], *5 * [c_int64], *2 * [c_void_p]]
 
     def attend(q, keys, values, positions, mask):
         (B, K), S, q = keys.shape[:2], mask.shape[-1], q.contiguous()
-        y, queries = torch.empty_like(q), B * K * G * -(-S // 256)
+        y, rows, queries = torch.empty_like(q), torch.arange(B), B * K * G * -(-S // 256)
         parts, sums = torch.empty(queries * h), torch.empty(queries)
-        tensors = (x.data_ptr() for x in (q, keys, values, positions, y))
+        tensors = (x.data_ptr() for x in (q, rows, positions, keys, values, y))
         run(*tensors, B, K, S, *keys.stride()[:2], parts.data_ptr(), sums.data_ptr())
         return y
 

@@ -274,7 +274,7 @@ def test_without_a_compiler_there_is_a_line(folder_of):
         env=os.environ | {"CXX": "no-such-compiler"},
     )
     assert ran.returncode == 2 and ran.stderr.count("\n") == 1
-    needs = "compiling for a CPU needs a C++ compiler, and no-such-compiler is none: install g++"
+    needs = "a compiler of C++20 with OpenMP, and no-such-compiler is not one: install"
     assert needs in ran.stderr
     with pytest.raises(UserError, match="unknown quantisation int4: use int8"):
         load(str(folder_of("llama3")), "cpu", quantize="int4")
@@ -294,5 +294,5 @@ def test_a_compiler_that_hangs_is_a_line(tmp_path, monkeypatch):
 @pytest.mark.parametrize("command", ["false", " ", 'g++ "', "/"])
 def test_what_is_no_compiler_is_a_line(command, monkeypatch):
     monkeypatch.setenv("CXX", command)
-    with pytest.raises(UserError, match="needs a C.. compiler, and .* is none: install g"):
+    with pytest.raises(UserError, match="needs a compiler of C..20 with OpenMP, and .* is not one"):
         checkpoint.check_compiler()

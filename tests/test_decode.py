@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import itertools
+import shutil
 import weakref
 from types import SimpleNamespace
 
@@ -16,6 +17,10 @@ from make_golden import FAMILIES
 import model as M
 from lab import fast, steps
 from model import Config, KVCache, Prompt, Request, Transformer, UserError, decode, draw, load
+
+COMPILED = pytest.param(
+    "compiled", marks=pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+)
 
 # -------------------------------------------------------------------------------------- the cache
 
@@ -275,13 +280,14 @@ def test_drawing_by_hand():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("way", ["plain", "fused", "int8", "compiled"])
+@pytest.mark.parametrize("way", ["plain", "fused", "int8", COMPILED])
 def test_what_a_request_yields_depends_to_the_bit_on_no_slot_neighbour_or_order(
     dtype, way, folder_of
 ):
     options = {"int8": {"quantize": "int8"}, "compiled": {"compile": True}}.get(way, {})
     load = M.load if way == "plain" else fast.load
     model, _ = load(str(folder_of("qwen2")), "cpu", dtype, **options)
+    assert ("step" in vars(model)) == (way == "compiled")
     tokens, logits = run(model, 4)
     assert [len(tokens[i]) for i in range(9)] == list(LIMITS)
     for order in ([8, 2, 5, 0, 7, 1, 3, 6, 4], [4, 0], [6, 3], [0], [3], [5, 8, 5 - 3, 1]):

@@ -170,9 +170,8 @@ def test_a_compiled_step_is_the_step(folder_of, monkeypatch):
         return {n: (tokens, logits) for n, tokens, logits in found}
 
     expected = outs()
-    with compiled_whole(monkeypatch) as graphs:
-        model.step = steps.CompiledStep(model)
-        found, again = outs(), outs((25, 300, 60, 3, 130))
+    graphs, model.step = compiled_whole(monkeypatch), steps.CompiledStep(model)
+    found, again = outs(), outs((25, 300, 60, 3, 130))
     for n, (tokens, logits) in expected.items():
         assert found[n][0] == tokens and close(found[n][1], logits, 1e-5)
         assert torch.equal(again[n][1], found[n][1])
@@ -184,12 +183,12 @@ def test_what_was_compiled_for_a_model_is_not_taken_for_another(folder_of, tmp_p
     other = Path(shutil.copytree(folder, tmp_path / "other"))
     edit(other, rms_norm_eps=0.5)  # their tensors are the same
     plain, found = [], []
-    with compiled_whole(monkeypatch):
-        for path in folder, other:
-            model, _ = M.load(str(path), "cpu", "float32")
-            plain.append(run(model, 1, [0])[1][0])
-            model.step = steps.CompiledStep(model)
-            found.append(run(model, 1, [0])[1][0])
+    compiled_whole(monkeypatch)
+    for path in folder, other:
+        model, _ = M.load(str(path), "cpu", "float32")
+        plain.append(run(model, 1, [0])[1][0])
+        model.step = steps.CompiledStep(model)
+        found.append(run(model, 1, [0])[1][0])
     assert all(close(x, y, 1e-5) for x, y in zip(found, plain)) and not close(*plain, 1e-2)
 
 
@@ -197,9 +196,9 @@ def test_what_was_compiled_for_a_model_is_not_taken_for_another(folder_of, tmp_p
 def test_a_step_of_8_bits_is_compiled_whole(rows, folder_of, monkeypatch):
     model, _ = load(str(folder_of("qwen2")), "cpu", "float32", "int8")
     expected = run(model, rows, range(3))[1]
-    with compiled_whole(monkeypatch):
-        model.step = steps.CompiledStep(model)
-        found = run(model, rows, range(3))[1]
+    compiled_whole(monkeypatch)
+    model.step = steps.CompiledStep(model)
+    found = run(model, rows, range(3))[1]
     assert all(close(found[i], logits, 1e-5) for i, logits in expected.items())
 
 
@@ -254,7 +253,9 @@ def test_without_triton_pytorch_decodes_and_a_line_says_so(folder_of, monkeypatc
     monkeypatch.delattr("lab.kernels", raising=False)
     steps.use_kernels(model, [])
     said = capsys.readouterr().err
-    assert said.startswith("Triton's kernels cannot be used here, PyTorch's are (ModuleNotFound")
+    assert said.startswith(
+        "Triton's kernels cannot be used here, PyTorch's are used (ModuleNotFound"
+    )
     assert said.count("\n") == 1 and model.attention is None and len(run(model, 2, [0])[0]) == 1
 
 

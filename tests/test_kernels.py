@@ -126,9 +126,8 @@ def test_recorded_steps_with_the_kernels_are_the_steps(model, monkeypatch):
 
 def test_to_a_compiled_step_the_kernels_are_one_operation_each(model, monkeypatch):
     expected = logits_of(model, [4])
-    with compiled_whole(monkeypatch) as graphs:
-        model.step = steps.CompiledStep(model)
-        assert same_bits(logits_of(model, [4]), expected)
+    graphs, model.step = compiled_whole(monkeypatch), steps.CompiledStep(model)
+    assert same_bits(logits_of(model, [4]), expected)
     (names,) = graphs  # compiled once
     assert [names.count(f"lab.{name}.default") for name in ("attend", "int8_linear")] == [2, 9]
 
@@ -173,7 +172,7 @@ def test_a_kernel_that_fails_or_computes_something_else_is_not_used(
     steps.use_kernels(model, quantised(model))
     assert model.attention is None
     assert {x.product for x in quantised(model)} == {None}
-    line = f"Triton's kernels cannot be used here, PyTorch's are \\({said}\\)\n"
+    line = f"Triton's kernels cannot be used here, PyTorch's are used \\({said}\\)\n"
     assert re.fullmatch(line, capsys.readouterr().err)
     assert len(logits_of(model)) == 2
 

@@ -33,6 +33,15 @@ def test_a_library_is_compiled_once_for_its_sizes(compilations, tmp_path, capsys
     assert capsys.readouterr().err.count("compiled products.cpp in ") == 2
 
 
+def test_another_compiler_or_other_flags_compile_anew(compilations, monkeypatch):
+    library("products", **SIZES)
+    monkeypatch.setenv("CXX", "g++ -DMORE")
+    library("products", **SIZES)
+    monkeypatch.setattr(native, "FLAGS", [*native.FLAGS, "-O1"])
+    library("products", **SIZES)
+    assert len(compilations) == 3
+
+
 def test_a_changed_file_is_compiled_anew(compilations, tmp_path, monkeypatch):
     monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
     for number, more in (1, 0), (1, 0), (2, 0), (2, 5):
@@ -47,6 +56,6 @@ def test_what_does_not_compile_leaves_nothing(compilations, tmp_path, monkeypatc
     monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
     (tmp_path / "vectors.h").touch()
     (tmp_path / "own.cpp").write_text("no C++")
-    with pytest.raises(subprocess.CalledProcessError):
+    with pytest.raises(RuntimeError, match=r"own.cpp does not compile: .*own.cpp:1:1: error: "):
         library("own")
     assert list(tmp_path.glob("soft-thinking/*")) == []
