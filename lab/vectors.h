@@ -55,7 +55,7 @@ static inline vec numbers(const X* x) {
 }
 static inline void store(X* x, vec y) {
     word bits = (word)y;
-    half upper = __builtin_convertvector(bits + 0x7fff + (bits >> 16 & 1) >> 16, half);
+    half upper = __builtin_convertvector((bits + 0x7fff + (bits >> 16 & 1)) >> 16, half);
     memcpy(x, &upper, sizeof upper);
 }
 #else
