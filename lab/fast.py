@@ -125,8 +125,10 @@ def plan(
     """
     c, positions = model.config, min(prompt + new, model.config.context)
     held, row = row_bytes(c, model.embed.weight.itemsize, model.device, prompt, new)
+    layers = [m for m in model.modules() if isinstance(m, PackedLinear)]
+    coming = sum(m.weight.nbytes for m in layers if m.packs and m.packed is None)  # oneDNN's copies
     # There is one more prompt: the one to come.
-    free = 0.9 * least(checkpoint.free_memory(model.device)) - held
+    free = 0.9 * least(checkpoint.free_memory(model.device) - coming) - held
     fit = int(min(rows, free / row))
     there = f"{free / 1e9:.1f} GB are free"
     if fit < 1:

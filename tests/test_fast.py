@@ -267,9 +267,11 @@ def test_rows_that_do_not_fit_are_the_user_s_to_lower(folder_of, monkeypatch):
     c = model.config
     position = 2 * c.layers * c.kv_heads * c.head_dim * 4
     row = position * (64 + 20) + 32 * c.vocab_size  # 50 positions take up 64
+    # Laid out later, a second time.
+    matrices = sum(m.weight.nbytes for m in model.modules() if isinstance(m, PackedLinear))
 
     def free(rows_of_memory):
-        there = (rows_of_memory * row + 20 * position) / 0.9
+        there = (rows_of_memory * row + 20 * position) / 0.9 + matrices
         monkeypatch.setattr(checkpoint, "free_memory", lambda device: there)
 
     for rows_of_memory in (math.inf, 100, 8.01):
@@ -288,6 +290,13 @@ def test_rows_that_do_not_fit_are_the_user_s_to_lower(folder_of, monkeypatch):
         model.plan(8, 20, 30)
     free(math.inf)  # the system does not tell
     assert model.plan(8, 20, 30) == 8
+    run(model, 2, [0])
+    matrices = 0  # now they are
+    free(8.01)
+    assert model.plan(8, 20, 30) == 8
+    free(7.99)
+    with pytest.raises(UserError, match="pass --batch-size 7"):
+        model.plan(8, 20, 30)
     plain, _ = M.load(str(folder_of("llama2", name="plain")), "cpu", "float32")
     assert plain.plan(8, 20, 30) == 8  # the plain model plans nothing
 
