@@ -175,14 +175,15 @@ class LaidOut:
 
 
 def in_panels(products: ctypes.CDLL, W: Tensor) -> Tensor:
-    """W [N, K] as [ceil(N / C), K / P, C, P]: each of C rows, P of their columns at a time.
+    """W [N, K] as [ceil(N / C), K / P, C]: C rows each, P of their columns at a time as one number.
 
     What is not there is 0. products: lab/products.cpp, which knows C and P.
     """
     C, P = (c_int.in_dll(products, name).value for name in ("columns", "pairs"))
-    N, K = W.shape
+    N = len(W)
     W = F.pad(W, (0, 0, 0, -N % C)) if N % C else W
-    return W.reshape(-1, C, K // P, P).transpose(1, 2).contiguous()
+    W = W.view({1: torch.int8, 2: torch.int16, 4: torch.int32}[P * W.itemsize])
+    return W.view(-1, C, W.shape[1]).transpose(1, 2).contiguous()
 
 
 @torch.inference_mode()
