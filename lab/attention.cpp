@@ -120,11 +120,11 @@ static void attend_chunk(const X* q, const X* k, const X* v, int n, float* out, 
     memcpy(out, y, sizeof y);
 }
 
-// q, out [B, K, G, WIDTH]; rows [B], of a cache; last [B] < S, the last position that each of them
+// q, out [B, K, G, WIDTH]; cache_rows [B]; last [B] < S, the last position that each of them
 // sees; keys, values [., K, ., WIDTH], with the strides of a row and of a head; room for parts
 // [B, K, chunks, G, WIDTH], for the chunks of S positions, and for sums [B, K, chunks, G]. All
 // threads of a team call it, and share the chunks.
-extern "C" void run(const X* q, const int64_t* rows, const int64_t* last, const X* keys,
+extern "C" void run(const X* q, const int64_t* cache_rows, const int64_t* last, const X* keys,
                     const X* values, X* out, int64_t B, int64_t K, int64_t S, int64_t row,
                     int64_t head, float* y, float* sums) {
     int64_t chunks = (S + CHUNK - 1) / CHUNK;
@@ -138,7 +138,7 @@ extern "C" void run(const X* q, const int64_t* rows, const int64_t* last, const 
         int64_t b = std::upper_bound(begin, end, task) - begin - 1, used = last[b] / CHUNK + 1;
         int64_t kv = (task - begin[b]) / used, chunk = (task - begin[b]) % used;
         int64_t first = chunk * CHUNK, n = std::min<int64_t>(CHUNK, last[b] + 1 - first);
-        int64_t start = rows[b] * row + kv * head + first * WIDTH, bk = b * K + kv;
+        int64_t start = cache_rows[b] * row + kv * head + first * WIDTH, bk = b * K + kv;
         int64_t at = bk * chunks + chunk;
         attend_chunk(q + bk * G * WIDTH, keys + start, values + start, n,
                      y + at * G * WIDTH, sums + at * G);

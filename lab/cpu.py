@@ -1,7 +1,7 @@
 """Decoding on a CPU in C++: a whole step in one call, and a prompt's attention.
 
-A step of few rows should take what reading weights, keys and values once takes. Called one by one,
-a model's operations take the time of calling them as well: some 300 for a small model.
+A step of few rows should take what reading weights, keys and values once takes. If Python called
+nine or more operations for each layer, a small model's step would take their calls' time as well.
 """
 
 import copy
@@ -29,15 +29,14 @@ def use(model: Transformer, needed: float, free: float) -> None:
     c, dtype, what = model.config, model.embed.weight.dtype, "steps in C++ cannot be used here"
     try:
         if dtype not in native.DTYPES:
-            raise ValueError(f"none for {str(dtype)[6:]}: use bfloat16 or float32")
+            raise ValueError(f"not in {str(dtype)[6:]}: use bfloat16 or float32")
         if not native.has_amx(dtype):
             attend = prompt_attention(dtype, c.heads // c.kv_heads, c.head_dim)
             steps.check_attention(attend, model, 30)
             model.attention = attend
         if free <= 3 * needed:  # the weights, a second copy, and as much to spare
             wanted = f"with a second copy of the weights they want {3 * needed / 1e9:.1f} GB"
-            steps.refuse(what, MemoryError(f"{wanted}, {free / 1e9:.1f} GB are free"))
-            return
+            raise MemoryError(f"{wanted}, {free / 1e9:.1f} GB are free")
         check(model)
         model.step = Step(model)
     except Exception as error:  # noqa: BLE001 (of the compiler, of the system)
@@ -80,15 +79,16 @@ class Model(ctypes.Structure):
 class Step:
     """Transformer.step in C++ (lab/step.cpp), without gradients and without a module's hooks.
 
-    The weights are laid out for its products: a second copy, made anew where they have changed. A
-    row's bits depend on no other row, and not on how many there are: rows that are not in use are
-    left out, and get zeros. With AMX in bfloat16 more than 16 rows are PyTorch's, all of them.
+    The weights are laid out for its products: a second copy, made anew where they have changed in
+    place (those made in inference mode do not tell). A row's bits depend on no other row, and not
+    on how many there are: rows that are not in use are left out, and get zeros. With AMX in
+    bfloat16 more than 16 rows are PyTorch's, all of them.
     """
 
     def __init__(self, model: Transformer):
         self.model, self.laid_out = model, LaidOut(model)
         few = native.has_amx(self.laid_out.dtype) and isinstance(model.lm_head, nn.Linear)
-        self.most = 16 if few else None  # many rows were not timed there
+        self.most = 16 if few else None  # it was not timed there; few rows wait for memory
 
     def __getstate__(self) -> dict:  # a copy lays its own weights out
         return self.__dict__ | {"laid_out": None}
@@ -104,20 +104,18 @@ class Step:
         positions, B = cache.lengths[rows], len(rows)
         alike = embeds.is_cpu and embeds.dtype == keys.dtype == self.laid_out.dtype
         if not alike or embeds.shape != (len(keys), c.d) or (positions >= cache.S).any():
-            raise ValueError("a step's embeddings and cache are unlike the model, or it is full")
+            raise ValueError("embeddings or cache are unlike the model, or the cache is full")
         cache.lengths += 1
         x = embeds[rows].contiguous()
         cos, sin = self.model.rotation(positions[:, None], cache.S)
-        hidden, logits = torch.empty_like(x), x.new_empty(B, c.vocab_size, dtype=torch.float32)
+        new = embeds.new_empty if B == len(embeds) else embeds.new_zeros
+        hidden, logits = new(embeds.shape), new(len(embeds), c.vocab_size, dtype=torch.float32)
         tensors = (x, rows, positions, cos, sin), cache.keys, cache.values, (hidden, logits)
         given, keys_at, values_at, out = ([t.data_ptr() for t in some] for some in tensors)
         Pointers = c_void_p * c.layers
         self.laid_out.run(
             *given, Pointers(*keys_at), Pointers(*values_at), *out, B, cache.S, *keys.stride()[:2]
         )
-        if B < len(embeds):
-            wide = (y.new_zeros(len(embeds), y.shape[1]) for y in (hidden, logits))
-            hidden, logits = (y.index_copy_(0, rows, z) for y, z in zip(wide, (hidden, logits)))
         return hidden, logits
 
 
@@ -130,7 +128,8 @@ class LaidOut:
     def __init__(self, model: Transformer):
         c, int8 = model.config, hasattr(model.lm_head, "scale")
         if c.head_dim % 8 or c.d % 2 or c.ffn % 2:
-            raise ValueError(f"none for widths {c.d} and {c.ffn}, and heads of {c.head_dim}")
+            found = f"{c.d} and {c.ffn}, and {c.head_dim}"
+            raise ValueError(f"widths must be even, and heads multiples of 8: found {found}")
         self.dtype = model.embed.weight.dtype
         sizes = {"BFLOAT16": int(self.dtype == torch.bfloat16)}
         heads = {"G": c.heads // c.kv_heads, "WIDTH": c.head_dim}
@@ -208,14 +207,14 @@ def check(model: Transformer) -> None:
     if isinstance(model.lm_head, Int8Linear):
         exchange(small, Int8Linear)
     exact, step = copy.deepcopy(small).float(), Step(small)
-    for rows in (1, 7, 16):
-        lengths = torch.tensor([256, 3, 700] * 6)[:rows]
-        caches = [KVCache(x, rows, 800) for x in (small, exact)]
+    for rows, longest in (1, 700), (7, 700), (99, 7):
+        lengths = torch.tensor([256, 3, 700] * 33)[:rows].clamp(max=longest)
+        caches = [KVCache(x, rows, longest + 1) for x in (small, exact)]
         for own, theirs in zip(*(x.keys + x.values for x in caches)):
             own.copy_(3 * torch.randn(own.shape, generator=generator))
             theirs.copy_(own)
         for cache in caches:
-            cache.reserve(701)
+            cache.reserve(longest + 1)
             cache.lengths.copy_(lengths)
         x = small.embed(torch.arange(rows))
         found, expected = step(x, caches[0]), Transformer.step(exact, x.float(), caches[1])
@@ -229,12 +228,11 @@ def check(model: Transformer) -> None:
 def prompt_attention(dtype: torch.dtype, G: int, h: int) -> Callable:
     """What stands in for model.masked_attention, for G query heads of width h to a KV head.
 
-    In a long prompt attention takes most of the time, though it has the smaller part of the
-    arithmetic (lab/prefill.cpp). ValueError for what it does not compute, RuntimeError where it
-    does not compile.
+    PyTorch's takes more than half of the time of a prompt of 4,096 tokens (lab/SPEED.md).
+    ValueError for what it does not compute, RuntimeError where it does not compile.
     """
     if h % 8:
-        raise ValueError(f"none for heads of width {h}")
+        raise ValueError(f"heads must be multiples of 8: found {h}")
     sizes = {"BFLOAT16": int(dtype == torch.bfloat16), "G": G, "WIDTH": h}
     run = native.library("prefill", **sizes).run
     run.restype, run.argtypes = None, [*5 * [c_void_p], *5 * [c_int64], c_int]

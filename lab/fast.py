@@ -36,7 +36,7 @@ def load(
 
     quantize: "int8" keeps the matrices, but not the embeddings, in 8 bits: half the bytes of
     bfloat16; not for training. compile: steps are compiled by Inductor, which takes a minute or
-    two; on a CPU they are in C++, and so is the attention of prompts, which needs a compiler, and
+    two; on a CPU steps and the attention of prompts are in C++: that needs a compiler, and takes
     some seconds the first time. place: this process's among those that hold the model between
     them. Raises UserError for whatever the user can fix, before memory is asked for.
     """
@@ -46,8 +46,8 @@ def load(
     device, dtype = checkpoint.choose(device, dtype)
     if compile and N > 1:
         raise UserError("--compile is for a model on one device: leave it out")
-    on_cpu = compile and device.type == "cpu"
-    if on_cpu:
+    in_cpp = compile and device.type == "cpu"
+    if in_cpp:
         checkpoint.check_compiler()
     folder = checkpoint.find_folder(name)
     config = checkpoint.check_config(folder)
@@ -55,7 +55,7 @@ def load(
     checkpoint.check_memory(needed, device, dtype, quantize)
     # Room for the weights, oneDNN's copy, that of steps in C++, and as much to spare.
     free = checkpoint.free_memory(device)
-    pack = not quantize and packs(device, dtype) and free > (3 + on_cpu) * needed
+    pack = not quantize and packs(device, dtype) and free > (3 + in_cpp) * needed
     layer = Int8Linear if quantize else PackedLinear if pack else None
     read = partial(parallel.load, place=place) if N > 1 else plain.load
     with tqdm(desc="loading layers", total=config.layers, delay=1, leave=False) as bar:
@@ -78,10 +78,10 @@ def load(
     if device.type == "cuda":
         model.recorder = steps.Recorder
         steps.use_kernels(model, [m for m in model.modules() if isinstance(m, Int8Linear)])
-    if compile and not on_cpu:
-        model.step = steps.CompiledStep(model)
-    elif compile:
+    if in_cpp:
         cpu.use(model, needed, free)
+    elif compile:
+        model.step = steps.CompiledStep(model)
     if N > 1:
         parallel.join(model, place)
         model.planner = partial(plan, least=place.least)
@@ -120,7 +120,7 @@ def plan(
 ) -> int:
     """The rows, if they fit in what is free, with prompts and new tokens so long at most.
 
-    least: of what is free on several ranks. UserError where those are fewer: bits depend on how
+    least: of what is free on several ranks. UserError where those are fewer: bits may depend on how
     many are decoded side by side, so that the number is the user's to lower.
     """
     c, positions = model.config, min(prompt + new, model.config.context)

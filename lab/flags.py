@@ -67,7 +67,7 @@ FLAGS = {  # those that are no settings of a method
     "batch-size": {
         "type": int,
         "default": 16,
-        "help": "sequences side by side; the last bits depend on it (default: 16)",
+        "help": "sequences side by side; the last bits may depend on it (default: 16)",
     },
     "device": {"help": "cpu, cuda, or cuda:N (default: cuda where there is one)"},
     "dtype": {"help": "bfloat16, float16, or float32 (default: what the device is fast at)"},

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from lab import sources
+
 # Not -ffast-math: by some compilers that flushes the smallest numbers of the whole process to 0.
 FLAGS = ["-std=c++20", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-Wno-psabi"]
 FLAGS += ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
@@ -20,7 +22,7 @@ DTYPES = torch.float32, torch.bfloat16  # which lab/vectors.h has
 
 
 def has_amx(dtype: torch.dtype) -> bool:
-    """Whether PyTorch multiplies by AMX: there our products of many rows were not timed."""
+    """Whether PyTorch multiplies by AMX: there none of our kernels was timed."""
     return dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
 
 
@@ -46,7 +48,7 @@ def library(name: str, **sizes: str | int) -> ctypes.CDLL:
     options = [*FLAGS, *(f"-D{k}={v}" for k, v in sizes.items())]
     texts = source.read_text(), header.read_text()
     key = repr((target(*compiler()), compiler(), options, texts)).encode()
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "soft-thinking")
+    folder = sources.cache_folder() / "cpp"
     kept = folder / f"{name}-{hashlib.sha256(key).hexdigest()}.so"
     if not kept.exists():
         start = time.perf_counter()

@@ -72,8 +72,8 @@ static void swiglu(const X* gate, const X* up, X* y, int64_t n) {
     }
 }
 
-// x [B, d] -> hidden [B, d], logits [B, vocabulary]; overwrites x. rows [B], of a cache; cos, sin
-// [B, h] and last [B]: at their new positions. keys, values [layers] of [., K, ., h], with the
+// x [B, d] of rows [B] -> theirs of hidden [., d] and of logits [., vocabulary]; overwrites x. cos,
+// sin [B, h] and last [B]: at their new positions. keys, values [layers] of [., K, ., h], with the
 // strides of a row and of a head. S: more than any of last.
 extern "C" void run(const Model* model, X* x, const int64_t* rows, const int64_t* last,
                     const float* cos, const float* sin, X* const* keys, X* const* values,
@@ -132,10 +132,15 @@ extern "C" void run(const Model* model, X* x, const int64_t* rows, const int64_t
                 swiglu(y + b * 2 * m.F, y + b * 2 * m.F + m.F, n + b * m.F, m.F);
             multiply(n, layer.down, z);
             bool end = l == m.count - 1;
-            add_and_norm(end ? m.norm : m.layers[l + 1].norm, end ? hidden : n);
+            add_and_norm(end ? m.norm : m.layers[l + 1].norm, n);
         }
-        multiply(hidden, m.head, out);
-#pragma omp for
-        for (int64_t i = 0; i < B * m.head.N; i++) logits[i] = number(out[i]);
+        multiply(n, m.head, out);
+        for (int64_t b = 0; b < B; b++) {
+            float* to = logits + rows[b] * m.head.N;
+#pragma omp for nowait
+            for (int64_t i = 0; i < m.head.N; i++) to[i] = number(out[b * m.head.N + i]);
+#pragma omp single nowait
+            memcpy(hidden + rows[b] * m.d, n + b * m.d, m.d * sizeof(X));
+        }
     }
 }

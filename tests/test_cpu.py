@@ -86,7 +86,7 @@ def test_what_is_checked_is_found_out(part, folder_of, monkeypatch):
     """A step that reads one thing wrongly is off by more than rounding, in bfloat16, too."""
     model, _ = fast.load(str(folder_of("qwen3")), "cpu", "bfloat16")
     place = {"positions": 2, "cos": 3, "sin": 4, "keys": 5, "values": 6}.get(part)
-    ran, address = cpu.LaidOut.run, cpu.LaidOut.address
+    ran, address, in_panels = cpu.LaidOut.run, cpu.LaidOut.address, cpu.in_panels
 
     def wrong(self, *arguments):
         arguments, zeros = list(arguments), torch.zeros(16, dtype=torch.long)
@@ -99,10 +99,12 @@ def test_what_is_checked_is_found_out(part, folder_of, monkeypatch):
         ran(self, *arguments)
 
     def unlike(self, x):
-        found = x is not None and (x.dim() == 1) == (part == "norms")
-        return address(self, 1.1 * x if found else x)
+        return address(self, 1.1 * x if x is not None and x.dim() == 1 else x)
 
-    monkeypatch.setattr(cpu.LaidOut, *(("run", wrong) if place else ("address", unlike)))
+    if part == "matrices":
+        monkeypatch.setattr(cpu, "in_panels", lambda library, W: in_panels(library, 1.1 * W))
+    else:
+        monkeypatch.setattr(cpu.LaidOut, *(("run", wrong) if place else ("address", unlike)))
     with pytest.raises(ArithmeticError, match="a step in bfloat16 is off by"):
         cpu.check(model)
 
@@ -227,14 +229,14 @@ def test_what_does_not_belong_together_is_refused(folder_of):
     cache, x = KVCache(model, 2, 70), model.embed(torch.arange(2))
     for embeds, reserved in (x, 0), (x[:1], 1), (x[:, :-1], 1), (x.bfloat16(), 1):
         cache.S = KVCache.rounded(reserved, x.device) if reserved else 0
-        with pytest.raises(ValueError, match="are unlike the model, or it is full"):
+        with pytest.raises(ValueError, match="are unlike the model, or the cache is full"):
             model.step(embeds, cache)
     with pytest.raises(ValueError, match="are unlike the model"):
         other.step(x.bfloat16(), cache)
     cache.reserve(64)
     for _ in range(64):
         model.step(x, cache)
-    with pytest.raises(ValueError, match="or it is full"):
+    with pytest.raises(ValueError, match="or the cache is full"):
         model.step(x, cache)
     cache.reserve(65)
     model.step(x, cache)
@@ -295,7 +297,7 @@ def test_where_it_cannot_be_used_a_line_says_so(folder_of, monkeypatch, capsys):
         assert line.startswith(BEGINS) and line.endswith(")")
         return line.removeprefix(BEGINS)
 
-    assert said("float16", "int8") == "ValueError: none for float16: use bfloat16 or float32)"
+    assert said("float16", "int8") == "ValueError: not in float16: use bfloat16 or float32)"
     with monkeypatch.context() as patch:
         patch.setattr(cpu, "prompt_attention", lambda *_: lambda q, *_: 2 * q)
         assert said().startswith("ArithmeticError: attention in float32 is off by")

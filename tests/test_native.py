@@ -27,9 +27,9 @@ def compilations(tmp_path, monkeypatch):
 def test_a_library_is_compiled_once_for_its_sizes(compilations, tmp_path, capsys):
     for _ in range(2):
         assert library("products", **SIZES).run
-    assert len(compilations) == 1 == len(list(tmp_path.glob("soft-thinking/products-*.so")))
+    assert len(compilations) == 1 == len(list(tmp_path.glob("*/cpp/products-*.so")))
     assert library("products", **SIZES | {"T": "int8_t"}).run and len(compilations) == 2
-    assert all(path.suffix == ".so" for path in tmp_path.glob("*/*"))  # nothing else is left
+    assert all(path.suffix == ".so" for path in tmp_path.glob("*/cpp/*"))  # nothing else is left
     assert capsys.readouterr().err.count("compiled products.cpp in ") == 2
 
 
@@ -58,4 +58,4 @@ def test_what_does_not_compile_leaves_nothing(compilations, tmp_path, monkeypatc
     (tmp_path / "own.cpp").write_text("no C++")
     with pytest.raises(RuntimeError, match=r"own.cpp does not compile: .*own.cpp:1:1: error: "):
         library("own")
-    assert list(tmp_path.glob("soft-thinking/*")) == []
+    assert list(tmp_path.glob("*/cpp/*")) == []
