@@ -29,13 +29,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 import soft_reasoning
 import softcot
 from lab import bench_landscapes, bench_report, bench_search, bench_training, checkpoint, cli
 from lab import fast, files, flags, peers, ranks, timing
-from lab.linear import Int8Linear
+from lab.linear import bytes_read
 from lab.timing import Clock
 from model import Prompt, Request, Tokenizer, Transformer, UserError, check_prompt, decode
 from model import weight_paths
@@ -147,8 +147,7 @@ def bench_decoding(args: argparse.Namespace) -> tuple[list[str], dict]:
     embeds = model.embed(torch.tensor(ids, device=device))
     prompts = {length: Prompt(embeds[:length]) for length in args.prompt}
     first, longest = args.prompt[0], max(args.prompt)
-    linear = [m for m in model.modules() if isinstance(m, (nn.Linear, Int8Linear))]
-    weights = sum(x.nbytes for m in linear for x in m.state_dict().values())
+    weights = bytes_read(model)
     kernel = model.attention
     ways = {"greedy": ("greedy", kernel), "concept tokens": ("soft", kernel)}
     if kernel and not args.compile:  # what the kernel saves
@@ -167,10 +166,10 @@ def bench_decoding(args: argparse.Namespace) -> tuple[list[str], dict]:
     for batch in args.batch:  # all our memory is in use once, before a peer takes some
         contenders["concept tokens"](longest, batch)
     peak, limit = timing.peak_memory(device), timing.bandwidth(device)
-    exact, lost = model, ""
-    if args.quantize:  # the peers' weights are not in 8 bits
+    exact = model
+    if args.quantize or args.compile:  # the peers' weights are neither in 8 bits nor in panels
         exact = fast.load(args.model, args.device, args.dtype, place=args.place)[0]
-        lost = quality(model, tokenizer, exact)
+    lost = quality(model, tokenizer, exact) if args.quantize else ""
     prefills = {"ours": lambda length: prefill(model, embeds[:length])}
     versions = [f"torch {torch.__version__}"]
     folder = checkpoint.find_folder(args.model)

@@ -3,8 +3,9 @@
     model, tokenizer = load("qwen2.5-7b", quantize="int8", compile=True)
 
 Fused matrices (lab/fused.py), weights laid out for a CPU's products or kept in 8 bits
-(lab/linear.py), steps in C++ (lab/cpu.py), our own kernels for CUDA (lab/kernels.py), steps
-compiled by Inductor or recorded as CUDA graphs (lab/steps.py), and a plan of what fits in memory.
+(lab/linear.py), prompts and steps in C++ (lab/cpu.py), our own kernels for CUDA (lab/kernels.py),
+steps compiled by Inductor or recorded as CUDA graphs (lab/steps.py), and a plan of what fits in
+memory.
 Each can be read by itself; none is needed to understand a method.
 """
 
@@ -17,9 +18,9 @@ from torch import nn
 from tqdm import tqdm
 
 import model as plain
-from lab import checkpoint, cpu, parallel, steps, template
+from lab import checkpoint, cpu, native, parallel, steps, template
 from lab.fused import fuse
-from lab.linear import Int8Linear, PackedLinear, exchange, packs
+from lab.linear import Int8Linear, PackedLinear, PanelLinear, exchange, packs
 from lab.ranks import Place
 from model import KVCache, Tokenizer, Transformer, UserError
 
@@ -36,7 +37,7 @@ def load(
 
     quantize: "int8" keeps the matrices, but not the embeddings, in 8 bits: half the bytes of
     bfloat16; not for training. compile: steps are compiled by Inductor, which takes a minute or
-    two; on a CPU steps and the attention of prompts are in C++: that needs a compiler, and takes
+    two; on a CPU prompts and steps are in C++, not for training: that needs a compiler, and takes
     some seconds the first time. place: this process's among those that hold the model between
     them. Raises UserError for whatever the user can fix, before memory is asked for.
     """
@@ -51,19 +52,21 @@ def load(
         checkpoint.check_compiler()
     folder = checkpoint.find_folder(name)
     config = checkpoint.check_config(folder)
-    needed = weight_bytes(config, dtype, quantize, N)
+    needed = weight_bytes(config, dtype, quantize, N, in_cpp)
     checkpoint.check_memory(needed, device, dtype, quantize)
-    # Room for the weights, oneDNN's copy, that of steps in C++, and as much to spare.
     free = checkpoint.free_memory(device)
-    pack = not quantize and packs(device, dtype) and free > (3 + in_cpp) * needed
-    layer = Int8Linear if quantize else PackedLinear if pack else None
+    in_cpp = in_cpp and cpu.usable(config, dtype, quantize, needed, free)
+    pack = packs(device, dtype) and free > 3 * needed  # weights, oneDNN's copy, as much to spare
+    pack = pack and (not in_cpp or native.has_amx(dtype))
+    kinds = [Int8Linear] if quantize else pack * [PackedLinear]
+    kinds += in_cpp * [PanelLinear]
     read = partial(parallel.load, place=place) if N > 1 else plain.load
     with tqdm(desc="loading layers", total=config.layers, delay=1, leave=False) as bar:
 
         def convert(module: nn.Module) -> None:  # block by block: the whole is not there twice
             fuse(module)
-            if layer:
-                exchange(module, layer)
+            for kind in kinds:
+                exchange(module, kind)
             bar.update()
 
         try:
@@ -72,15 +75,15 @@ def load(
             checkpoint.check_files(folder, config)  # says in one line what is wrong with them
             raise
     template.limit(tokenizer)
-    if layer:
-        model.lm_head = layer(model.lm_head)
+    for kind in kinds:
+        model.lm_head = kind(model.lm_head)
     model.planner = plan  # not bound to the model: a cycle would keep its memory
     if device.type == "cuda":
         model.recorder = steps.Recorder
         steps.use_kernels(model, [m for m in model.modules() if isinstance(m, Int8Linear)])
     if in_cpp:
-        cpu.use(model, needed, free)
-    elif compile:
+        cpu.use(model)
+    elif compile and device.type == "cuda":
         model.step = steps.CompiledStep(model)
     if N > 1:
         parallel.join(model, place)
@@ -88,16 +91,23 @@ def load(
     return model, tokenizer
 
 
-def weight_bytes(c: plain.Config, dtype: torch.dtype, quantize: str | None, parts: int = 1) -> int:
-    """Bytes of a model's weights, or of a part's; in 8 bits all but the embeddings."""
+def weight_bytes(
+    c: plain.Config,
+    dtype: torch.dtype,
+    quantize: str | None,
+    parts: int = 1,
+    in_panels: bool = False,
+) -> int:
+    """Bytes of a model's weights, or of a part's; its embeddings are never in 8 bits or panels."""
     with torch.device("meta"):
         model = Transformer(replace(c, layers=1))
     embeddings, layer = (
         sum(p.numel() for p in x.parameters()) for x in (model.embed, model.layers)
     )
     rest = sum(p.numel() for p in model.parameters()) - embeddings + (c.layers - 1) * layer
-    if quantize:
-        return embeddings * dtype.itemsize + (embeddings * c.tied + rest) // parts
+    if quantize or in_panels:  # a tied head is no longer the embeddings
+        size = 1 if quantize else dtype.itemsize
+        return embeddings * dtype.itemsize + (embeddings * c.tied + rest) // parts * size
     return (embeddings + rest // parts) * dtype.itemsize
 
 

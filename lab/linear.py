@@ -1,20 +1,32 @@
 """Linear layers for decoding: weights laid out for a CPU's products, or kept in 8 bits."""
 
+import ctypes
 from collections.abc import Callable
+from ctypes import c_int, c_int64, c_void_p
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lab import native
 
-def exchange(module: nn.Module, layer: Callable[[nn.Linear], nn.Module]) -> None:
+
+def exchange(module: nn.Module, layer: Callable[[nn.Module], nn.Module]) -> None:
     """Every linear layer inside becomes another one."""
     for name, child in list(module.named_children()):
-        if isinstance(child, nn.Linear):
+        if isinstance(child, (nn.Linear, Int8Linear)):
             setattr(module, name, layer(child))
         else:
             exchange(child, layer)
+
+
+def bytes_read(module: nn.Module) -> int:
+    """Of the weights of all linear layers inside, by a product of few rows."""
+    if isinstance(module, (nn.Linear, Int8Linear, PanelLinear)):
+        own = *module.parameters(recurse=False), *module.buffers(recurse=False)
+        return sum(x.nbytes for x in own)
+    return sum(bytes_read(child) for child in module.children())
 
 
 def packs(device: torch.device, dtype: torch.dtype) -> bool:
@@ -29,9 +41,8 @@ def packs(device: torch.device, dtype: torch.dtype) -> bool:
 class PackedLinear(nn.Linear):
     """x [..., n] -> [..., m] on a CPU: in decoding with the weight laid out for oneDNN's product.
 
-    PyTorch lays it out in every product otherwise, which takes longer than a product of few rows.
-    In float32 it pays for 2 to 256 rows, and for one on several threads (lab/SPEED.md); in another
-    dtype where `packs` says so.
+    PyTorch lays it out in every product otherwise, or has a slower one (lab/SPEED.md): but not in
+    float32 for one row on one thread.
     """
 
     def __init__(self, linear: nn.Linear):
@@ -43,10 +54,10 @@ class PackedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.numel() // self.in_features
-        few = rows <= 256 and (rows > 1 or torch.get_num_threads() > 1)
+        one = x.dtype == torch.float32 and rows == 1 and torch.get_num_threads() == 1
         decoding = self.packs and torch.is_inference_mode_enabled()
         # A weight made in inference mode does not tell when it changes.
-        if not decoding or self.weight.is_inference() or x.dtype == torch.float32 and not few:
+        if not decoding or self.weight.is_inference() or one:
             return F.linear(x, self.weight, self.bias)
         if self.version != self.weight._version:  # LoRA changes it between two decodings
             self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach())
@@ -91,3 +102,58 @@ class Int8Linear(nn.Module):
             y = torch._weight_int8pack_mm(rows, self.weight, self.scale).view(*x.shape[:-1], -1)
             return y if self.bias is None else y + self.bias
         return F.linear(x, self.weight * self.scale[:, None], self.bias)
+
+
+class PanelLinear(nn.Module):
+    """x [..., K] -> [..., N] on a CPU by lab/products.cpp, with the weight in panels; no gradients.
+
+    It takes the place of a linear layer, in 8 bits or not, whose own weight is not kept: but with
+    AMX, which is for arithmetic, for products of more than 16 rows. Fewer wait for memory. Neither
+    was timed there.
+    """
+
+    few = 16  # rows
+
+    def __init__(self, linear: nn.Linear | Int8Linear):
+        super().__init__()
+        W, scale, bias = linear.weight.detach(), getattr(linear, "scale", None), linear.bias
+        self.out_features, self.in_features = W.shape
+        self.dtype = W.dtype if scale is None else scale.dtype
+        self.many = linear if native.has_amx(self.dtype) else None
+        self.register_buffer("scale", scale)
+        self.register_buffer("bias", bias if bias is None else bias.detach())
+        self.register_buffer("panels", in_panels(self.products(), W))
+
+    def products(self) -> ctypes.CDLL:  # no attribute: a library cannot be copied
+        kind = "X" if self.scale is None else "int8_t"
+        library = native.library("products", BFLOAT16=int(self.dtype == torch.bfloat16), T=kind)
+        library.product.restype = None
+        library.product.argtypes = [*5 * [c_void_p], *3 * [c_int64], c_int]
+        return library
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.numel() // self.in_features
+        if self.many is not None and rows > self.few:
+            return self.many(x)
+        if x.requires_grad or x.dtype != self.dtype or not x.is_cpu:
+            raise ValueError(f"weights in panels take {self.dtype} on a CPU, without gradients")
+        x, y = x.contiguous(), x.new_empty(*x.shape[:-1], self.out_features)
+        tensors = x, self.panels, self.scale, self.bias, y
+        addresses = (t if t is None else t.data_ptr() for t in tensors)
+        sizes = rows, self.in_features, self.out_features, torch.get_num_threads()
+        self.products().product(*addresses, *sizes)
+        return y
+
+
+def in_panels(products: ctypes.CDLL, W: Tensor) -> Tensor:
+    """W [N, K] as [ceil(N / C), K / P, C]: C rows each, P of their columns at a time as one number.
+
+    What is not there is 0. products: lab/products.cpp, which knows C and P.
+    """
+    C, P = (c_int.in_dll(products, name).value for name in ("columns", "pairs"))
+    W = W.view({1: torch.int8, 2: torch.int16, 4: torch.int32}[P * W.itemsize])
+    (N, K), full = W.shape, len(W) // C
+    panels = W.new_zeros(-(-N // C), K, C)
+    panels[:full] = W[: full * C].view(full, C, K).transpose(1, 2)
+    panels[full:, :, : N - full * C] = W[full * C :].T
+    return panels

@@ -5,6 +5,8 @@
 // (query heads of a KV head) and WIDTH (of a head, even). Both products are lab/vectors.h's: for
 // each task, which is some queries, a tile's keys and values are laid out in panels.
 
+#include <omp.h>
+
 #include <algorithm>
 #include <memory>
 
@@ -123,22 +125,21 @@ static void attend(const X* q, const X* keys, const X* values, const int64_t* po
         }
 }
 
-// q, out [B, T, K, G, WIDTH]; keys, values [B, K, ., WIDTH], with the strides of a row and of a
-// head; positions [B, T], one after another in each row: the last that each query sees.
-extern "C" void run(const X* q, const X* keys, const X* values, const int64_t* positions, X* out,
-                    int64_t B, int64_t T, int64_t K, int64_t row, int64_t head, int threads) {
-    int64_t length = std::clamp<int64_t>(B * K * T / (4 * threads), LEAST, MOST);
+// q, out [B, T, K, G, WIDTH]; cache_rows and positions [B, T], those one after another in each row:
+// the last that each query sees; keys, values [., K, ., WIDTH], with the strides of a row and of a
+// head. All threads of a team call it, and share the queries.
+extern "C" void run(const X* q, const int64_t* cache_rows, const int64_t* positions, const X* keys,
+                    const X* values, X* out, int64_t B, int64_t T, int64_t K, int64_t row,
+                    int64_t head) {
+    static thread_local auto work = std::make_unique_for_overwrite<Workspace>();
+    int64_t length = std::clamp<int64_t>(B * K * T / (4 * omp_get_num_threads()), LEAST, MOST);
     int64_t parts = (T + length - 1) / length, stride = K * G * WIDTH;
-#pragma omp parallel num_threads(threads)
-    {
-        auto work = std::make_unique_for_overwrite<Workspace>();
 #pragma omp for schedule(dynamic)
-        for (int64_t task = B * K * parts - 1; task >= 0; task--) {  // the longest ones first
-            int64_t bk = task % (B * K), b = bk / K, first = task / (B * K) * length;
-            int64_t at = (b * T + first) * stride + bk % K * G * WIDTH;
-            int64_t there = b * row + bk % K * head;
-            attend(q + at, keys + there, values + there, positions + b * T + first, out + at,
-                   std::min(length, T - first), stride, *work);
-        }
+    for (int64_t task = B * K * parts - 1; task >= 0; task--) {  // the longest ones first
+        int64_t bk = task % (B * K), b = bk / K, first = task / (B * K) * length;
+        int64_t at = (b * T + first) * stride + bk % K * G * WIDTH;
+        int64_t there = cache_rows[b * T] * row + bk % K * head;
+        attend(q + at, keys + there, values + there, positions + b * T + first, out + at,
+               std::min(length, T - first), stride, *work);
     }
 }

@@ -1,4 +1,4 @@
-// x Wᵀ of a decoding step on a CPU: few rows x, and a weight W that should be read only once.
+// x Wᵀ on a CPU: in a step few rows x, so that reading W once should be all; in a prompt many.
 //
 // lab/cpu.py compiles it for rows in float or bfloat16, and for a weight of T: X, the same, or
 // int8_t with a scale for each of its rows. The weight lies in panels of COLUMNS of its rows, one k
@@ -49,22 +49,22 @@ extern "C" const int columns = COLUMNS, pairs = P;
 extern "C" void run(const X* x, const T* w, const X* scale, const X* bias, X* y, int64_t B,
                     int64_t K, int64_t N) {
     static thread_local std::vector<Y> room;
-    room.resize(std::is_same_v<X, Y> ? 0 : B * K);
-    const Y* rows = converted(x, B * K, room.data());
+    room.resize(std::is_same_v<X, Y> ? 0 : std::min<int64_t>(MOST, B) * K);
     int64_t panels = (N + COLUMNS - 1) / COLUMNS;
-#pragma omp for schedule(static)
-    for (int64_t p = 0; p < panels; p++) {
-        int64_t start = p * COLUMNS, width = std::min<int64_t>(COLUMNS, N - start);
-        float sums[MOST * COLUMNS];
-        Y there[DEPTH * STEP];
-        for (int64_t at = 0; at < B; at += MOST) {
-            int64_t count = std::min<int64_t>(MOST, B - at);
+    for (int64_t at = 0; at < B; at += MOST) {  // rows that stay in the cache for all panels
+        int64_t count = std::min<int64_t>(MOST, B - at);
+        const Y* rows = converted(x + at * K, count * K, room.data());
+#pragma omp for schedule(static) nowait
+        for (int64_t p = 0; p < panels; p++) {
+            int64_t start = p * COLUMNS, width = std::min<int64_t>(COLUMNS, N - start);
+            float sums[MOST * COLUMNS];
+            Y there[DEPTH * STEP];
             memset(sums, 0, count * COLUMNS * sizeof(float));
             for (int64_t k = 0; k < K; k += DEPTH * P) {
                 int n = std::min<int64_t>(DEPTH, (K - k) / P);
                 const T* here = w + (p * K + k) * COLUMNS;
                 const Y* weights = converted(here, n * STEP, there);
-                multiply(rows + at * K + k, K, weights, n, sums, count, here + n * STEP);
+                multiply(rows + k, K, weights, n, sums, count, here + n * STEP);
             }
             for (int64_t b = 0; b < count; b++)
                 for (int64_t i = 0; i < width; i++) {
@@ -75,4 +75,12 @@ extern "C" void run(const X* x, const T* w, const X* scale, const X* bias, X* y,
                 }
         }
     }
+#pragma omp barrier
+}
+
+// The same in a team of its own.
+extern "C" void product(const X* x, const T* w, const X* scale, const X* bias, X* y, int64_t B,
+                        int64_t K, int64_t N, int threads) {
+#pragma omp parallel num_threads(threads)
+    run(x, w, scale, bias, y, B, K, N);
 }

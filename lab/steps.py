@@ -117,7 +117,7 @@ def check_attention(attend: Callable, model: Transformer, T: int) -> None:
 
 
 def compare(what: str, found: Tensor, exact: Tensor) -> None:
-    most, off = 4 * torch.finfo(found.dtype).eps, (found - exact).abs().max() / exact.abs().max()
+    most, off = 4 * torch.finfo(found.dtype).eps, (found - exact).norm() / exact.norm()
     if not off <= max(most, 1e-4):  # NaN too
         raise ArithmeticError(f"{what} in {str(found.dtype)[6:]} is off by {off:.2g}")
 

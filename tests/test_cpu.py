@@ -1,4 +1,4 @@
-"""lab/cpu.py, lab/step.cpp: a step in C++ is the step, in bits of its own."""
+"""lab/cpu.py, lab/layers.cpp: prompts and steps in C++ are what they are, in bits of their own."""
 
 import copy
 import math
@@ -10,12 +10,14 @@ import torch
 from conftest import GOLDEN, PROCESSORS, close, edit
 from make_golden import FAMILIES
 from test_decode import Greedy, greedy, run
+from torch import nn
 
-from lab import checkpoint, cpu, fast, native
+from lab import checkpoint, cpu, fast, linear, native
 from model import KVCache, Prompt, Request, Transformer
 from soft_thinking import Settings, think
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+PARTS = ["norms", "rows", "positions", "cos", "sin", "keys", "values", "matrices"]
 BEGINS = "steps in C++ cannot be used here, PyTorch's are used ("
 
 
@@ -26,7 +28,7 @@ def no_amx(monkeypatch):
 
 def compiled(folder, dtype="float32", quantize=None, used=True):
     model, _ = fast.load(str(folder), "cpu", dtype, quantize, compile=True)
-    assert isinstance(model.step, cpu.Step) == used
+    assert ("step" in vars(model)) == used
     return model
 
 
@@ -40,32 +42,48 @@ def steps_of(model, ids, rows=1):
     return tuple(torch.stack([x[-1] for x in part]) for part in zip(*found))
 
 
+def prompt_of(model, ids, chunks, rows=1):
+    """Hidden states [T, d] of the last of so many rows, which go alike, so many at once."""
+    cache, found = KVCache(model, rows, 1), []
+    for part in model.embed(ids).split(chunks):
+        cache.reserve(int(cache.lengths[0]) + len(part))
+        found.append(model(part.expand(rows, -1, -1), cache)[-1])
+    assert cache.lengths.tolist() == rows * [len(ids)]
+    return torch.cat(found)
+
+
 @torch.inference_mode()
 @pytest.mark.parametrize("family", FAMILIES)
-def test_steps_are_those_of_transformers(family, folder_of, capsys):
+def test_steps_and_prompts_are_those_of_transformers(family, folder_of, capsys):
     model = compiled(folder_of(family))
-    assert (
-        isinstance(model.step, cpu.Step)
-        and model.attention
-        and BEGINS not in capsys.readouterr().err
-    )
+    assert model.forward.__func__ is cpu.Decoder.forward and BEGINS not in capsys.readouterr().err
     expected = safetensors.torch.load_file(GOLDEN / family / "expected.safetensors")
-    hidden, logits = steps_of(model, expected["ids"], 3)
+    ids = expected["ids"]
+    hidden, logits = steps_of(model, ids, 3)
     assert close(hidden, expected["hidden"], 1e-5)
     assert logits.dtype == torch.float32 and close(logits[-8:], expected["logits"], 1e-5)
+    for rows, chunks in (1, len(ids)), (3, [1, 7, len(ids) - 8]):
+        assert close(prompt_of(model, ids, chunks, rows), expected["hidden"], 1e-5)
+    turned, cache = model.embed(ids).T.contiguous().T[None], KVCache(model, 1, len(ids))
+    cache.reserve(len(ids))
+    assert close(model(turned, cache)[0], expected["hidden"], 1e-5)
+    whole = model(model.embed(ids)[None])[0]  # without a cache
+    assert close(whole, expected["hidden"], 1e-5)
+    assert close(model.logits(whole[-8:]), expected["logits"], 1e-5)
 
 
 @torch.inference_mode()
 @pytest.mark.parametrize("quantize", [None, "int8"])
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 0.03)])
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama-bias"])
-def test_a_step_says_what_the_plain_step_says(
+def test_steps_and_prompts_say_what_the_plain_ones_say(
     family, dtype, tolerance, quantize, folder_of, no_amx
 ):
-    folder, ids = str(folder_of(family)), torch.arange(50, 80)
+    folder, ids = str(folder_of(family)), torch.arange(50, 110)
     plain, _ = fast.load(folder, "cpu", dtype, quantize)
     model = compiled(folder, dtype, quantize)
-    for one, other in zip(steps_of(model, ids), steps_of(plain, ids)):
+    expected = *steps_of(plain, ids), prompt_of(plain, ids, [40, 20])
+    for one, other in zip((*steps_of(model, ids), prompt_of(model, ids, [40, 20])), expected):
         assert one.dtype == other.dtype and close(one, other, tolerance)
 
 
@@ -76,22 +94,23 @@ def test_a_step_says_what_the_plain_step_says(
 def test_what_is_checked_is_right_on_every_processor(
     family, processor, dtype, quantize, folder_of, as_on
 ):
-    model, _ = fast.load(str(folder_of(family)), "cpu", dtype, quantize)
     as_on(processor)
-    cpu.check(model)
+    cpu.check(checkpoint.check_config(folder_of(family)), dtype, quantize)
 
 
-@pytest.mark.parametrize("part", ["cos", "sin", "positions", "keys", "values", "norms", "matrices"])
-def test_what_is_checked_is_found_out(part, folder_of, monkeypatch):
-    """A step that reads one thing wrongly is off by more than rounding, in bfloat16, too."""
-    model, _ = fast.load(str(folder_of("qwen3")), "cpu", "bfloat16")
-    place = {"positions": 2, "cos": 3, "sin": 4, "keys": 5, "values": 6}.get(part)
-    ran, address, in_panels = cpu.LaidOut.run, cpu.LaidOut.address, cpu.in_panels
+@pytest.mark.parametrize("what", ["a step", "a prompt"])
+@pytest.mark.parametrize("part", PARTS)
+def test_what_is_checked_is_found_out(part, what, folder_of, no_amx, monkeypatch):
+    """What reads one thing wrongly is off by more than rounding, in bfloat16, too."""
+    place = PARTS.index(part)
+    ran, address, in_panels = cpu.Table.run, cpu.Table.address, linear.in_panels
 
     def wrong(self, *arguments):
-        arguments, zeros = list(arguments), torch.zeros(16, dtype=torch.long)
-        if place == 2:
-            arguments[2] = zeros.data_ptr()
+        arguments, zeros = list(arguments), torch.zeros(3000, dtype=torch.long)
+        if (arguments[9] is None) != (what == "a prompt"):
+            return ran(self, *arguments)
+        if place in (1, 2):
+            arguments[place] = zeros.data_ptr()
         elif place in (3, 4):  # one of them in place of both
             arguments[3] = arguments[4] = arguments[place]
         else:  # those of the layers change places
@@ -102,11 +121,14 @@ def test_what_is_checked_is_found_out(part, folder_of, monkeypatch):
         return address(self, 1.1 * x if x is not None and x.dim() == 1 else x)
 
     if part == "matrices":
-        monkeypatch.setattr(cpu, "in_panels", lambda library, W: in_panels(library, 1.1 * W))
+        monkeypatch.setattr(linear, "in_panels", lambda library, W: in_panels(library, 1.1 * W))
     else:
-        monkeypatch.setattr(cpu.LaidOut, *(("run", wrong) if place else ("address", unlike)))
-    with pytest.raises(ArithmeticError, match="a step in bfloat16 is off by"):
-        cpu.check(model)
+        monkeypatch.setattr(
+            cpu.Table, *(("address", unlike) if part == "norms" else ("run", wrong))
+        )
+    said = "a step" if part in ("norms", "matrices") else what
+    with pytest.raises(ArithmeticError, match=f"{said} in bfloat16 is off by"):
+        cpu.check(checkpoint.check_config(folder_of("qwen3")), torch.bfloat16, None)
 
 
 # ------------------------------------------------------------------------------------ bits, memory
@@ -141,6 +163,22 @@ def test_a_rows_bits_depend_on_no_number_of_rows_or_threads(
         torch.set_num_threads(threads)
         for rows in torch.tensor([3]), torch.tensor([16, 0, 9]), torch.arange(17).flip(0):
             assert all(torch.equal(a, b[rows]) for a, b in zip(step(rows), expected))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("quantize", [None, "int8"])
+@pytest.mark.parametrize("dtype", native.DTYPES)
+def test_a_prompts_bits_depend_on_no_chunks_other_rows_or_threads(
+    dtype, quantize, folder_of, one_thread, no_amx
+):
+    folder, ids = folder_of("qwen3"), torch.arange(400) % 250
+    edit(folder, max_position_embeddings=1024)
+    model = compiled(folder, dtype, quantize)
+    expected = prompt_of(model, ids, 400)
+    for threads in 1, 2, 5:
+        torch.set_num_threads(threads)
+        for chunks, rows in ([150, 250], 1), ([1, 7, 300, 92], 1), (400, 3), ([399, 1], 2):
+            assert torch.equal(prompt_of(model, ids, chunks, rows), expected)
 
 
 @torch.inference_mode()
@@ -206,21 +244,35 @@ def test_what_is_not_finite_stays_in_its_row(folder_of):
     assert not logits[1].isfinite().any()
 
 
-def test_weights_may_change_and_a_copy_has_its_own(folder_of):
-    folder, ids = folder_of("qwen3"), torch.arange(5)
-    plain, model = fast.load(str(folder), "cpu", "float32")[0], compiled(folder)
-    for part in "mlp.gate_up", "self_attn.o_proj":
-        for m in plain, model:  # as an adapter does that is merged
-            m.layers[0].get_submodule(part).weight.mul_(-1)
-        with torch.inference_mode():
-            hidden, logits = steps_of(model, ids)
-            assert close(logits, steps_of(plain, ids)[1], 1e-5)
+@torch.inference_mode()
+def test_a_copy_has_weights_of_its_own(folder_of):
+    model, ids = compiled(folder_of("qwen3")), torch.arange(5)
+    expected = *steps_of(model, ids), prompt_of(model, ids, 5)
     other = copy.deepcopy(model)
-    other.lm_head.weight.mul_(-1)
-    with torch.inference_mode():
-        found = steps_of(other, ids)
-        assert torch.equal(found[0], hidden) and torch.equal(found[1], -logits)
-        assert torch.equal(steps_of(model, ids)[1], logits)
+    other.lm_head.panels.view(torch.float32).neg_()
+    hidden, logits = steps_of(other, ids)
+    assert torch.equal(hidden, expected[0]) and torch.equal(logits, -expected[1])
+    other.norm.weight.neg_()
+    assert torch.equal(prompt_of(other, ids, 5), -expected[2])
+    for one, other in zip((*steps_of(model, ids), prompt_of(model, ids, 5)), expected):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("quantize", [None, "int8"])
+@pytest.mark.parametrize("family", ["qwen2", "llama2"])
+def test_weights_are_there_once(family, quantize, folder_of, no_amx):
+    model = compiled(folder_of(family), "bfloat16", quantize)
+    said = fast.weight_bytes(model.config, torch.bfloat16, quantize, in_panels=True)
+    there = {x.data_ptr(): x.nbytes for x in [*model.parameters(), *model.buffers()]}
+    for m in model.modules():  # the last panel is filled up
+        if isinstance(m, linear.PanelLinear):
+            there[m.panels.data_ptr()] -= m.panels[0, :, 0].nbytes * (
+                -m.out_features % m.panels.shape[2]
+            )
+    if quantize is None:
+        assert said == sum(there.values())
+    else:  # norms, scales and biases aside, which are little in a real model
+        assert abs(said - sum(there.values())) < 0.1 * said
 
 
 @torch.inference_mode()
@@ -238,8 +290,13 @@ def test_what_does_not_belong_together_is_refused(folder_of):
         model.step(x, cache)
     with pytest.raises(ValueError, match="or the cache is full"):
         model.step(x, cache)
-    cache.reserve(65)
+    with pytest.raises(ValueError, match="or the cache is full"):
+        model(x[:, None], cache)
+    cache.reserve(66)
     model.step(x, cache)
+    with pytest.raises(ValueError, match="or the cache is full"):
+        model(x[:, None].expand(-1, 70, -1), cache)
+    model(x[:, None], cache)
     model.to(torch.bfloat16)
     with pytest.raises(ValueError, match="are unlike the model"):
         model.step(x.bfloat16(), cache)
@@ -250,10 +307,11 @@ def test_it_computes_no_gradients(folder_of):
     x = model.embed(torch.arange(6))[None].requires_grad_()
     cache = KVCache(model, 1, 8)
     cache.reserve(6)
+    for given in (x, cache), (x,):
+        with pytest.raises(ValueError, match="no gradients|without gradients"):
+            model(*given)
     with pytest.raises(ValueError, match="no gradients"):
-        model(x, cache)
-    model(x).sum().backward()  # without a cache
-    assert x.grad.isfinite().all()
+        model.step(x[0, :1], cache)
 
 
 # --------------------------------------------------------------------------------- where it is not
@@ -261,29 +319,41 @@ def test_it_computes_no_gradients(folder_of):
 
 def test_with_amx_prompts_and_many_rows_are_pytorchs(folder_of, monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    plain, ran = Transformer.step, []
-    monkeypatch.setattr(Transformer, "step", lambda *x: ran.append(len(x[1])) or plain(*x))
-    kinds = ("bfloat16", None, [17]), ("bfloat16", "int8", []), ("float32", None, [])
-    for dtype, quantize, expected in kinds:
+    plain, ran = Transformer.forward, []
+    monkeypatch.setattr(
+        Transformer,
+        "forward",
+        lambda self, x, cache=None: ran.append(x.shape[:2]) or plain(self, x, cache),
+    )
+    for dtype, quantize, amx in (
+        ("bfloat16", None, True),
+        ("bfloat16", "int8", True),
+        ("float32", None, False),
+    ):
         model = compiled(folder_of("qwen3", name=f"{dtype}{quantize}"), dtype, quantize)
-        assert (model.attention is None) == (dtype == "bfloat16")
+        many = model.layers[0].mlp.down_proj.many
+        assert isinstance(many, (nn.Linear, linear.Int8Linear)) == amx
         ran.clear()
         with torch.inference_mode():
             for rows in 1, 16, 17:
                 steps_of(model, torch.arange(2), rows)
-        assert ran == 2 * expected
+            prompt_of(model, torch.arange(30), [14, 16])
+        assert ran == amx * [(17, 1), (17, 1), (1, 14), (1, 16)]
 
 
 @pytest.mark.parametrize("quantize", [None, "int8"])
-def test_weights_are_laid_out_where_there_is_room_for_it(quantize, folder_of, monkeypatch, capsys):
+def test_with_amx_more_copies_need_room(quantize, folder_of, monkeypatch, no_amx, capsys):
     folder = folder_of("qwen3")
-    needed = fast.weight_bytes(checkpoint.check_config(folder), torch.float32, quantize)
-    wants = f"{BEGINS}MemoryError: with a second copy of the weights they want 0.0 GB, 0.0 GB are"
-    for copies in 2, 3, 3.1:
-        there = copies * needed
-        monkeypatch.setattr(checkpoint, "free_memory", lambda device, there=there: there)
-        model = compiled(folder, "float32", quantize, used=copies == 3.1)
-        assert model.attention and (wants in capsys.readouterr().err) == (copies < 3.1)
+    c = checkpoint.check_config(folder)
+    needed = fast.weight_bytes(c, torch.bfloat16, quantize, in_panels=True)
+    wants = f"{BEGINS}MemoryError: with AMX other copies of the weights want 0.0 GB, 0.0 GB are"
+    for amx in False, True:
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
+        for copies in 2, 4, 4.1:
+            there = copies * needed
+            monkeypatch.setattr(checkpoint, "free_memory", lambda device, there=there: there)
+            compiled(folder, "bfloat16", quantize, used=not amx or copies > 4)
+            assert (wants in capsys.readouterr().err) == (amx and copies < 4.1)
 
 
 def test_where_it_cannot_be_used_a_line_says_so(folder_of, monkeypatch, capsys):
@@ -299,15 +369,12 @@ def test_where_it_cannot_be_used_a_line_says_so(folder_of, monkeypatch, capsys):
 
     assert said("float16", "int8") == "ValueError: not in float16: use bfloat16 or float32)"
     with monkeypatch.context() as patch:
-        patch.setattr(cpu, "prompt_attention", lambda *_: lambda q, *_: 2 * q)
-        assert said().startswith("ArithmeticError: attention in float32 is off by")
-    with monkeypatch.context() as patch:
-        ran = cpu.LaidOut.run
-        patch.setattr(cpu.LaidOut, "run", lambda self, *x: ran(self, *x[:4], x[3], *x[5:]))
+        ran = cpu.Table.run
+        patch.setattr(cpu.Table, "run", lambda self, *x: ran(self, *x[:4], x[3], *x[5:]))
         assert said().startswith("ArithmeticError: a step in float32 is off by")
 
     def fails(*_, **__):
-        raise RuntimeError("step.cpp does not compile")
+        raise RuntimeError("layers.cpp does not compile")
 
     monkeypatch.setattr(native, "library", fails)
-    assert said().startswith("RuntimeError: step.cpp does not compile")
+    assert said().startswith("RuntimeError: layers.cpp does not compile")

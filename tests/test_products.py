@@ -1,16 +1,16 @@
 """lab/products.cpp: x Wᵀ + b, each row's as if it were alone."""
 
+import copy
 import math
 import shutil
-from ctypes import c_int64, c_void_p
 
 import pytest
 import torch
 from conftest import PROCESSORS
 from torch import nn
 
-from lab import cpu, native
-from lab.linear import Int8Linear
+from lab import native
+from lab.linear import Int8Linear, PanelLinear
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
 SHAPES = [(1, 2), (16, 256), (33, 258), (100, 700)]  # [N, K]: of panels and blocks, full or not
@@ -29,24 +29,6 @@ def drawn(quantised, dtype, N=100, K=700, bias=True):
     return layer, torch.randn(max(ROWS), K, generator=generator).to(dtype)
 
 
-def product_of(layer):
-    """Rows -> the product in C++, in a team of one thread: test_cpu.py has more."""
-    scale, (N, K) = getattr(layer, "scale", None), layer.weight.shape
-    dtype = layer.weight.dtype if scale is None else scale.dtype
-    sizes = {"BFLOAT16": int(dtype == torch.bfloat16), "T": "X" if scale is None else "int8_t"}
-    library = native.library("products", **sizes)
-    weights = cpu.in_panels(library, layer.weight), scale, layer.bias
-    library.run.restype, library.run.argtypes = None, [*5 * [c_void_p], *3 * [c_int64]]
-
-    def product(x):
-        x, y = x.contiguous(), x.new_empty(len(x), N)
-        tensors = x, *weights, y
-        library.run(*(t if t is None else t.data_ptr() for t in tensors), len(x), K, N)
-        return y
-
-    return product
-
-
 def exact(layer, x):
     scale = layer.scale.double()[:, None] if hasattr(layer, "scale") else 1
     y = x.double() @ (layer.weight.double() * scale).T
@@ -60,7 +42,7 @@ def test_a_product_is_the_sums_of_the_products(N, K, processor, quantised, dtype
     as_on(processor)
     for bias in (False, True):
         layer, x = drawn(quantised, dtype, N, K, bias)
-        product, expected = product_of(layer), exact(layer, x)
+        product, expected = PanelLinear(layer), exact(layer, x)
         # bfloat16 is rounded once, to 8 bits.
         most = 2e-6 * expected.abs().max() + (dtype == torch.bfloat16) * expected.abs() / 256
         for rows in ROWS:
@@ -68,18 +50,29 @@ def test_a_product_is_the_sums_of_the_products(N, K, processor, quantised, dtype
 
 
 @each_kind
-def test_a_rows_bits_depend_on_no_neighbour(quantised, dtype):
+def test_a_rows_bits_depend_on_no_neighbour_and_no_number_of_threads(quantised, dtype, one_thread):
     layer, x = drawn(quantised, dtype)
-    product = product_of(layer)
+    product = PanelLinear(layer)
     expected = product(x)
-    for rows in ROWS:
-        assert torch.equal(product(x[-rows:]), expected[-rows:])
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        for rows in ROWS:
+            assert torch.equal(product(x[-rows:]), expected[-rows:])
+    assert torch.equal(product(x.view(2, 55, -1)), expected.view(2, 55, -1))
+    assert torch.equal(copy.deepcopy(product)(x.T.contiguous().T), expected)
+
+
+def test_what_it_does_not_multiply_is_refused():
+    layer, x = drawn(False, torch.float32)
+    for wrong in x.clone().requires_grad_(), x.double(), x.to("meta"):
+        with pytest.raises(ValueError, match="take torch.float32 on a CPU, without gradients"):
+            PanelLinear(layer)(wrong)
 
 
 @pytest.mark.parametrize("dtype", native.DTYPES)
 def test_what_is_not_finite_stays_where_it_is(dtype):
     layer, x = drawn(False, dtype)
     x[3, 5], layer.weight[99, 0] = math.nan, math.inf
-    finite = product_of(layer)(x).isfinite()
+    finite = PanelLinear(layer)(x).isfinite()
     assert not finite[3].any() and not finite[:, 99].any()
     assert finite[[*range(3), *range(4, len(x))], :99].all()

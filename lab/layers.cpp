@@ -1,9 +1,10 @@
-// A decoding step on a CPU: each row goes on by one embedding, through all layers, in one call.
+// The transformer on a CPU: rows go on by an embedding, or by those of a prompt, in one call.
 //
 // lab/cpu.py compiles it for a model's numbers (float or bfloat16). Products and attention, which
-// take the time, are kernels of their own (lab/products.cpp, lab/attention.cpp); what stands
-// between them is here, as in model.py: what model.py rounds to its numbers is rounded, too. One
-// team of threads goes through the step together; `omp for` shares out rows, and waits for all.
+// take the time, are kernels of their own (lab/products.cpp, lab/attention.cpp, lab/prefill.cpp);
+// what stands between them is here, as in model.py: what model.py rounds to its numbers is rounded,
+// too. One team of threads goes through all layers together; `omp for` shares out embeddings, and
+// waits for all.
 
 #include <algorithm>
 #include <vector>
@@ -15,6 +16,9 @@ typedef void Multiply(const X* x, const void* panels, const X* scale, const X* b
 typedef void Attend(const X* q, const int64_t* rows, const int64_t* last, const X* keys,
                     const X* values, X* out, int64_t B, int64_t K, int64_t S, int64_t row,
                     int64_t head, float* parts, float* lse);
+typedef void Prefill(const X* q, const int64_t* rows, const int64_t* last, const X* keys,
+                     const X* values, X* out, int64_t B, int64_t T, int64_t K, int64_t row,
+                     int64_t head);
 
 struct Matrix {  // [N, K], in panels of lab/products.cpp; scale and bias may be null
     const void* panels;
@@ -35,6 +39,7 @@ struct Model {
     float eps;
     Multiply* multiply;
     Attend* attend;
+    Prefill* prefill;
 };
 
 // y = x / sqrt(mean x² + eps) * weight
@@ -72,20 +77,22 @@ static void swiglu(const X* gate, const X* up, X* y, int64_t n) {
     }
 }
 
-// x [B, d] of rows [B] -> theirs of hidden [., d] and of logits [., vocabulary]; overwrites x. cos,
-// sin [B, h] and last [B]: at their new positions. keys, values [layers] of [., K, ., h], with the
-// strides of a row and of a head. S: more than any of last.
+// x [B, d], T embeddings of a row side by side, of cache rows [B] -> their hidden states, and of a
+// step (T = 1) their logits, which are null for a prompt: at places [B] of [., d] and of
+// [., vocabulary]. Overwrites x. cos, sin [B, h] and last [B]: at their new positions. keys, values
+// [layers] of [., K, ., h], with the strides of a row and of a head. S: more than any of last.
 extern "C" void run(const Model* model, X* x, const int64_t* rows, const int64_t* last,
                     const float* cos, const float* sin, X* const* keys, X* const* values,
-                    X* hidden, float* logits, int64_t B, int64_t S, int64_t row, int64_t head,
-                    int threads) {
+                    const int64_t* places, X* hidden, float* logits, int64_t B, int64_t T,
+                    int64_t S, int64_t row, int64_t head, int threads) {
     const Model& m = *model;
     int64_t H = m.H, K = m.K, h = m.h, heads = H + 2 * K, chunks = (S + CHUNK - 1) / CHUNK;
     static thread_local std::vector<X> room;
     static thread_local std::vector<float> sums;
     int64_t wide = std::max(heads * h, 2 * m.F);
-    room.resize(B * (std::max(m.d, m.F) + wide + 2 * H * h + m.d + m.head.N));
-    sums.resize(B * H * chunks * (h + 1));
+    size_t step = logits ? B : 0, own = std::max(m.d, m.F) + wide + 2 * H * h + m.d;
+    room.resize(std::max(room.size(), B * own + step * m.head.N));  // what it has had stays
+    sums.resize(std::max(sums.size(), step * H * chunks * (h + 1)));
     X *n = room.data(), *y = n + B * std::max(m.d, m.F), *q = y + B * wide, *a = q + B * H * h,
       *z = a + B * H * h, *out = z + B * m.d;
     float *parts = sums.data(), *lse = parts + B * H * chunks * h;
@@ -123,7 +130,9 @@ extern "C" void run(const Model* model, X* x, const int64_t* rows, const int64_t
                     memcpy(values[l] + at + i * head, v + i * h, h * sizeof(X));
                 }
             }
-            m.attend(q, rows, last, keys[l], values[l], a, B, K, S, row, head, parts, lse);
+            if (logits)
+                m.attend(q, rows, last, keys[l], values[l], a, B, K, S, row, head, parts, lse);
+            else m.prefill(q, rows, last, keys[l], values[l], a, B / T, T, K, row, head);
             multiply(a, layer.o, z);
             add_and_norm(layer.mlp_norm, n);
             multiply(n, layer.gate_up, y);
@@ -134,13 +143,16 @@ extern "C" void run(const Model* model, X* x, const int64_t* rows, const int64_t
             bool end = l == m.count - 1;
             add_and_norm(end ? m.norm : m.layers[l + 1].norm, n);
         }
-        multiply(n, m.head, out);
-        for (int64_t b = 0; b < B; b++) {
-            float* to = logits + rows[b] * m.head.N;
 #pragma omp for nowait
-            for (int64_t i = 0; i < m.head.N; i++) to[i] = number(out[b * m.head.N + i]);
-#pragma omp single nowait
-            memcpy(hidden + rows[b] * m.d, n + b * m.d, m.d * sizeof(X));
+        for (int64_t b = 0; b < B; b++)
+            memcpy(hidden + places[b] * m.d, n + b * m.d, m.d * sizeof(X));
+        if (logits) {
+            multiply(n, m.head, out);
+            for (int64_t b = 0; b < B; b++) {
+                float* to = logits + places[b] * m.head.N;
+#pragma omp for nowait
+                for (int64_t i = 0; i < m.head.N; i++) to[i] = number(out[b * m.head.N + i]);
+            }
         }
     }
 }
