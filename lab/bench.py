@@ -34,7 +34,7 @@ from torch import Tensor
 import soft_reasoning
 import softcot
 from lab import bench_landscapes, bench_report, bench_search, bench_training, checkpoint, cli
-from lab import fast, files, flags, peers, ranks, timing
+from lab import cpu, fast, files, flags, peers, ranks, timing
 from lab.linear import bytes_read
 from lab.timing import Clock
 from model import Prompt, Request, Tokenizer, Transformer, UserError, check_prompt, decode
@@ -167,7 +167,7 @@ def bench_decoding(args: argparse.Namespace) -> tuple[list[str], dict]:
         contenders["concept tokens"](longest, batch)
     peak, limit = timing.peak_memory(device), timing.bandwidth(device)
     exact = model
-    if args.quantize or args.compile:  # the peers' weights are neither in 8 bits nor in panels
+    if args.quantize or args.against and type(model) is cpu.InCpp:  # peers have none in panels
         exact = fast.load(args.model, args.device, args.dtype, place=args.place)[0]
     lost = quality(model, tokenizer, exact) if args.quantize else ""
     prefills = {"ours": lambda length: prefill(model, embeds[:length])}
@@ -178,8 +178,8 @@ def bench_decoding(args: argparse.Namespace) -> tuple[list[str], dict]:
             contenders[name], prefills[name] = peer.step, peer.prefill
             versions.append(peer.version)
     kind = str(dtype)[6:] + (", weights in int8" if args.quantize else "")
-    kind += ", compiled" if "step" in vars(model) else ""  # where it could be
-    kind += ", Triton's kernels" if kernel and device.type == "cuda" else ""
+    kind += ", compiled" if "step" in vars(model) or type(model) is cpu.InCpp else ""
+    kind += ", Triton's kernels" if kernel else ""
     took = f"; the first run took {', '.join(compiling)} more" if args.compile else ""
     runs = f"{args.repeats} repetitions in turns"
     header = [

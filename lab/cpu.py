@@ -24,27 +24,25 @@ KERNELS = "multiply", "attend", "prefill"
 def usable(c: Config, dtype: torch.dtype, quantize: str | None, needed: float, free: float) -> bool:
     """Whether C++ gives what PyTorch does for such a model; else a line says why not.
 
-    needed: the bytes of its weights; free: of the memory, where with AMX they lie several times.
+    needed: the bytes of its weights, which with AMX lie there several times; free: of the memory.
     """
     try:
         if dtype not in native.DTYPES:
             raise ValueError(f"not in {str(dtype)[6:]}: use bfloat16 or float32")
-        if native.has_amx(dtype) and free <= 4 * needed:  # PyTorch's two, ours, as much to spare
-            wanted = f"with AMX other copies of the weights want {4 * needed / 1e9:.1f} GB"
+        copies = 3 if quantize else 4  # PyTorch's (two in bfloat16), ours, and as much to spare
+        if native.has_amx(dtype) and free <= copies * needed:
+            wanted = f"with AMX the weights and their copies want {copies * needed / 1e9:.1f} GB"
             raise MemoryError(f"{wanted}, {free / 1e9:.1f} GB are free")
         check(c, dtype, quantize)
     except Exception as error:  # noqa: BLE001 (of the compiler, of the system)
-        steps.refuse("steps in C++ cannot be used here", error)
+        steps.refuse("prompts and steps in C++ cannot be used here", error)
         return False
     return True
 
 
 def use(model: Transformer) -> None:
-    """Prompts and steps in C++, for a model of `fuse` and PanelLinear that is `usable`."""
-    decoder = Decoder(model)
-    model.step = decoder.step
-    if not native.has_amx(decoder.dtype):
-        model.forward = decoder.forward
+    """Prompts and steps in C++ from now on, for a model of `fuse` and PanelLinear."""
+    model.__class__, model.table = InCpp, Table(model)
     keep_freed_memory()
 
 
@@ -79,39 +77,37 @@ class Model(ctypes.Structure):
     _fields_ += [("eps", c_float), *((name, c_void_p) for name in KERNELS)]
 
 
-class Decoder:
-    """Transformer.step, and Transformer.forward with a cache, in C++; no gradients.
+class InCpp(Transformer):
+    """`step`, and `forward` with a cache, in C++, without gradients.
 
     A row's bits depend on no other row, and not on how many there are: steps leave out rows that
-    are not in use, whose hidden states and logits are 0. With AMX in bfloat16 prompts are
-    PyTorch's, and steps of more rows than PanelLinear.few.
+    are not in use, whose hidden states and logits are 0. With AMX in bfloat16 only steps of up to
+    PanelLinear.few rows are C++ as a whole.
     """
 
-    def __init__(self, model: Transformer):
-        self.model, self.dtype, self.table = model, model.embed.weight.dtype, Table(model)
-        self.amx = native.has_amx(self.dtype)
+    table: "Table | None"
 
     def __getstate__(self) -> dict:  # a copy has addresses of its own
         return self.__dict__ | {"table": None}
 
     def step(self, embeds: Tensor, cache: KVCache) -> tuple[Tensor, Tensor]:
-        if self.amx and len(embeds) > PanelLinear.few:
-            return Transformer.step(self.model, embeds, cache)
+        if native.has_amx(embeds.dtype) and len(embeds) > PanelLinear.few:
+            return super().step(embeds, cache)
         rows = cache.rows[:, 0] if cache.live is None else cache.live.nonzero()[:, 0]
         new = embeds.new_empty if len(rows) == len(embeds) else embeds.new_zeros
-        shape = len(embeds), self.model.config.vocab_size
-        hidden, logits = new(embeds.shape), new(shape, dtype=torch.float32)
-        self.run(embeds[:, None], rows, cache, hidden, logits)
+        hidden = new(embeds.shape)
+        logits = new(len(embeds), self.config.vocab_size, dtype=torch.float32)
+        self.go_on(embeds[:, None], rows, cache, hidden, logits)
         return hidden, logits
 
     def forward(self, embeds: Tensor, cache: KVCache | None = None) -> Tensor:
-        if cache is None or self.amx:
-            return Transformer.forward(self.model, embeds, cache)
+        if cache is None or native.has_amx(embeds.dtype):
+            return super().forward(embeds, cache)
         hidden = embeds.new_empty(embeds.shape)
-        self.run(embeds, cache.rows[:, 0], cache, hidden)
+        self.go_on(embeds, cache.rows[:, 0], cache, hidden)
         return hidden
 
-    def run(
+    def go_on(
         self,
         embeds: Tensor,
         rows: Tensor,
@@ -119,22 +115,22 @@ class Decoder:
         hidden: Tensor,
         logits: Tensor | None = None,
     ) -> None:
-        """Some rows [n] of embeds [B, T, d] go on; theirs of hidden [B, T, d], logits [B, V]."""
-        c, keys, (B, T, d) = self.model.config, cache.keys[0], embeds.shape
-        alike = embeds.is_cpu and embeds.dtype == keys.dtype == self.dtype
+        """Rows [n] of embeds [B, T, d]; fills theirs of hidden [B, T, d] and of logits [B, V]."""
+        self.table = self.table or Table(self)
+        keys, (B, T, d) = cache.keys[0], embeds.shape
+        alike = embeds.is_cpu and embeds.dtype == keys.dtype == self.table.dtype
         positions = cache.lengths[rows, None] + torch.arange(T)
-        if not alike or (B, d) != (len(keys), c.d) or (positions >= cache.S).any():
+        if not alike or (B, d) != (len(keys), self.config.d) or (positions >= cache.S).any():
             raise ValueError("embeddings or cache are unlike the model, or the cache is full")
         if embeds.requires_grad:
             raise ValueError("no gradients are computed in C++")
         cache.lengths += T
-        self.table = self.table or Table(self.model)
-        rotation = self.model.rotation(positions, cache.S)
+        rotation = self.rotation(positions, cache.S)
         places = (rows[:, None] * T + torch.arange(T)).flatten()
         given = embeds[rows].contiguous(), rows.repeat_interleave(T), positions, *rotation
         out = places.data_ptr(), hidden.data_ptr(), None if logits is None else logits.data_ptr()
         layers = pointers(cache.keys), pointers(cache.values)
-        sizes = len(places), T, cache.S, *keys.stride()[:2]
+        sizes = len(rows), T, cache.S, *keys.stride()[:2]
         self.table.run(*pointers(given), *layers, *out, *sizes)
 
 
@@ -149,7 +145,8 @@ class Table:
     """
 
     def __init__(self, model: Transformer):
-        c, bfloat16 = model.config, int(model.embed.weight.dtype == torch.bfloat16)
+        c, self.dtype = model.config, model.embed.weight.dtype
+        bfloat16 = int(self.dtype == torch.bfloat16)
         self.kept: list[Tensor] = []  # what C++ has the addresses of
         layers = (Layer * c.layers)()
         for place, block in enumerate(model.layers):
@@ -174,7 +171,7 @@ class Table:
     def address(self, x: Tensor | None) -> int | None:
         if x is None:
             return None
-        self.kept.append(x)
+        self.kept.append(x.detach())  # a parameter itself may be given another memory
         return x.data_ptr()
 
     def matrix(self, m: PanelLinear) -> Matrix:
@@ -208,7 +205,7 @@ def check(c: Config, dtype: torch.dtype, quantize: str | None) -> None:
         exchange(small, Int8Linear)
     exact = copy.deepcopy(small).float()
     exchange(small, PanelLinear)
-    decoder = Decoder(small)
+    small.__class__, small.table = InCpp, Table(small)
     for rows, longest in (1, 700), (7, 700), (99, 7):
         lengths = torch.tensor([256, 3, 700] * 33)[:rows].clamp(max=longest)
         caches = [KVCache(x, rows, longest + 31) for x in (small, exact)]
@@ -219,7 +216,7 @@ def check(c: Config, dtype: torch.dtype, quantize: str | None) -> None:
             cache.reserve(longest + 31)
             cache.lengths.copy_(lengths)
         x = small.embed(torch.arange(30 * rows).view(rows, 30) % 300)
-        found = *decoder.step(x[:, 0], caches[0]), decoder.forward(x, caches[0])
+        found = *small.step(x[:, 0], caches[0]), small(x, caches[0])
         x = x.float()
         expected = *exact.step(x[:, 0], caches[1]), exact(x, caches[1])
         for what, one, other in zip(("a step", "a step", "a prompt"), found, expected):

@@ -4,8 +4,7 @@
 
 Fused matrices (lab/fused.py), weights laid out for a CPU's products or kept in 8 bits
 (lab/linear.py), prompts and steps in C++ (lab/cpu.py), our own kernels for CUDA (lab/kernels.py),
-steps compiled by Inductor or recorded as CUDA graphs (lab/steps.py), and a plan of what fits in
-memory.
+steps compiled by Inductor or recorded as CUDA graphs (lab/steps.py), a plan of what fits in memory.
 Each can be read by itself; none is needed to understand a method.
 """
 
@@ -37,8 +36,8 @@ def load(
 
     quantize: "int8" keeps the matrices, but not the embeddings, in 8 bits: half the bytes of
     bfloat16; not for training. compile: steps are compiled by Inductor, which takes a minute or
-    two; on a CPU prompts and steps are in C++, not for training: that needs a compiler, and takes
-    some seconds the first time. place: this process's among those that hold the model between
+    two; on a CPU prompts and steps are in C++, which needs a compiler, takes some seconds the first
+    time, and computes no gradients. place: this process's among those that hold the model between
     them. Raises UserError for whatever the user can fix, before memory is asked for.
     """
     N = place.parts if place else 1
@@ -52,10 +51,11 @@ def load(
         checkpoint.check_compiler()
     folder = checkpoint.find_folder(name)
     config = checkpoint.check_config(folder)
-    needed = weight_bytes(config, dtype, quantize, N, in_cpp)
-    checkpoint.check_memory(needed, device, dtype, quantize)
-    free = checkpoint.free_memory(device)
+    needed, free = weight_bytes(config, dtype, quantize, N), checkpoint.free_memory(device)
     in_cpp = in_cpp and cpu.usable(config, dtype, quantize, needed, free)
+    if in_cpp:
+        needed = weight_bytes(config, dtype, quantize, in_panels=True)
+    checkpoint.check_memory(needed, device, dtype, quantize)
     pack = packs(device, dtype) and free > 3 * needed  # weights, oneDNN's copy, as much to spare
     pack = pack and (not in_cpp or native.has_amx(dtype))
     kinds = [Int8Linear] if quantize else pack * [PackedLinear]

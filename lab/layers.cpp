@@ -77,16 +77,17 @@ static void swiglu(const X* gate, const X* up, X* y, int64_t n) {
     }
 }
 
-// x [B, d], T embeddings of a row side by side, of cache rows [B] -> their hidden states, and of a
-// step (T = 1) their logits, which are null for a prompt: at places [B] of [., d] and of
-// [., vocabulary]. Overwrites x. cos, sin [B, h] and last [B]: at their new positions. keys, values
+// x [B, d], T embeddings for each of R rows -> their hidden states, and a step's (T = 1) logits,
+// which are null for a prompt: at places [B] of [., d] and of [., vocabulary]. Overwrites x. rows,
+// last [B]: those of the cache, and the new positions there; cos, sin [B, h]: at these. keys, values
 // [layers] of [., K, ., h], with the strides of a row and of a head. S: more than any of last.
 extern "C" void run(const Model* model, X* x, const int64_t* rows, const int64_t* last,
                     const float* cos, const float* sin, X* const* keys, X* const* values,
-                    const int64_t* places, X* hidden, float* logits, int64_t B, int64_t T,
+                    const int64_t* places, X* hidden, float* logits, int64_t R, int64_t T,
                     int64_t S, int64_t row, int64_t head, int threads) {
     const Model& m = *model;
     int64_t H = m.H, K = m.K, h = m.h, heads = H + 2 * K, chunks = (S + CHUNK - 1) / CHUNK;
+    int64_t B = R * T;
     static thread_local std::vector<X> room;
     static thread_local std::vector<float> sums;
     int64_t wide = std::max(heads * h, 2 * m.F);
@@ -132,7 +133,7 @@ extern "C" void run(const Model* model, X* x, const int64_t* rows, const int64_t
             }
             if (logits)
                 m.attend(q, rows, last, keys[l], values[l], a, B, K, S, row, head, parts, lse);
-            else m.prefill(q, rows, last, keys[l], values[l], a, B / T, T, K, row, head);
+            else m.prefill(q, rows, last, keys[l], values[l], a, R, T, K, row, head);
             multiply(a, layer.o, z);
             add_and_norm(layer.mlp_norm, n);
             multiply(n, layer.gate_up, y);

@@ -41,8 +41,8 @@ def packs(device: torch.device, dtype: torch.dtype) -> bool:
 class PackedLinear(nn.Linear):
     """x [..., n] -> [..., m] on a CPU: in decoding with the weight laid out for oneDNN's product.
 
-    PyTorch lays it out in every product otherwise, or has a slower one (lab/SPEED.md): but not in
-    float32 for one row on one thread.
+    PyTorch's own product lays it out each time, or is slower (lab/SPEED.md). In float32 one row on
+    one thread keeps PyTorch's.
     """
 
     def __init__(self, linear: nn.Linear):
@@ -107,9 +107,9 @@ class Int8Linear(nn.Module):
 class PanelLinear(nn.Module):
     """x [..., K] -> [..., N] on a CPU by lab/products.cpp, with the weight in panels; no gradients.
 
-    It takes the place of a linear layer, in 8 bits or not, whose own weight is not kept: but with
-    AMX, which is for arithmetic, for products of more than 16 rows. Fewer wait for memory. Neither
-    was timed there.
+    It takes the place of a linear layer, in 8 bits or not, and keeps no other weight. With AMX it
+    keeps that layer, too, and leaves products of more than `few` rows to it: those are arithmetic,
+    which AMX is for, while fewer rows wait for memory. It was not timed with AMX.
     """
 
     few = 16  # rows
@@ -135,8 +135,10 @@ class PanelLinear(nn.Module):
         rows = x.numel() // self.in_features
         if self.many is not None and rows > self.few:
             return self.many(x)
-        if x.requires_grad or x.dtype != self.dtype or not x.is_cpu:
-            raise ValueError(f"weights in panels take {self.dtype} on a CPU, without gradients")
+        alike = x.is_cpu and x.dtype == self.dtype and x.shape[-1] == self.in_features
+        if not alike or x.requires_grad:
+            wanted = f"[..., {self.in_features}] in {self.dtype} on a CPU"
+            raise ValueError(f"weights in panels take {wanted}, without gradients")
         x, y = x.contiguous(), x.new_empty(*x.shape[:-1], self.out_features)
         tensors = x, self.panels, self.scale, self.bias, y
         addresses = (t if t is None else t.data_ptr() for t in tensors)

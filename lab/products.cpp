@@ -1,11 +1,12 @@
 // x Wᵀ on a CPU: in a step few rows x, so that reading W once should be all; in a prompt many.
 //
-// lab/cpu.py compiles it for rows in float or bfloat16, and for a weight of T: X, the same, or
+// lab/linear.py compiles it for rows in float or bfloat16, and for a weight of T: X, the same, or
 // int8_t with a scale for each of its rows. The weight lies in panels of COLUMNS of its rows, one k
 // after another, or one pair of k's after another where the processor multiplies bfloat16 in pairs:
-// it is read as it lies. DEPTH of these steps of a panel stay in the cache until all rows are done
-// with them, ROWS at a time, whose sums stay in registers; meanwhile the next are fetched. A sum
-// goes from the first k to the last, however many other rows or threads there are.
+// it is read as it lies. DEPTH of these steps of a panel stay in the cache until up to MOST rows are
+// done with them, ROWS at a time, whose sums stay in registers; meanwhile the next are fetched. More
+// rows read the weight again. A sum goes from the first k to the last, however many other rows or
+// threads there are.
 
 #include <algorithm>
 #include <vector>
@@ -13,7 +14,7 @@
 #include "vectors.h"
 
 constexpr int DEPTH = 16384 / (STEP * sizeof(Y));
-constexpr int MOST = 8 * ROWS;  // rows that are summed at once
+constexpr int MOST = 96;  // rows that go through a panel together
 
 #if PAIRS
 static inline __m512 floats(const int8_t* x) {

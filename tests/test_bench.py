@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from conftest import ROOT, edit
 from lab import bench as program
 from lab import bench_landscapes, bench_report, bench_training, fast, random_weights, tasks
 from lab.fused import hf_tensors
-from model import UserError
+from model import Transformer, UserError
 
 
 def bench(*arguments):
@@ -56,6 +57,22 @@ def test_the_bundled_model_is_measured(tmp_path):
     assert "| 3 | concept tokens | " in ran.stdout
     assert "five candidates of one prompt" in ran.stdout and "perplexity" in found["int8"]
     assert "SoftCoT training step of tiny/base" in ran.stdout and "| ours | " in ran.stdout
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+@pytest.mark.parametrize("against, loads", [([], 2), (["transformers"], 3)])
+def test_a_compiled_model_is_loaded_in_rows_only_for_peers(against, loads, monkeypatch):
+    options = "--model tiny/base --device cpu --dtype float32 --batch 2 --prompt 20 --tokens 8"
+    args = program.read_arguments([*options.split(), "--repeats", "1", "--compile"])
+    args.against, args.place, load, loaded = against, None, fast.load, []
+
+    def peer(name, make, folder, model, *_):
+        assert type(model) is Transformer
+
+    monkeypatch.setattr(program.peers, "made", peer)
+    monkeypatch.setattr(fast, "load", lambda *x, **how: loaded.append(x) or load(*x, **how))
+    lines, found = program.bench_decoding(args)
+    assert len(loaded) == loads and ", compiled, " in lines[0] and len(found["results"]) == 2
 
 
 def test_what_is_timed_has_the_weights_that_users_have():

@@ -334,6 +334,7 @@ def memory(): return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status"
 load(sys.argv[1], "cpu", "bfloat16"{options})  # what is imported on the way
 before = memory()
 model, _ = load(sys.argv[2], "cpu", "bfloat16"{options})
+assert (type(model).__name__ == "InCpp") == bool("{options}")
 print(memory() - before)
 """
 
