@@ -32,11 +32,11 @@ def truncated(
     z = (z - z.amax(-1, keepdim=True)).div_(temperature)
     z.clamp_(min=-1e4)  # a masked token adds 0 to H, not NaN
     p = torch.softmax(z, dim=-1)
+    top, ids = p.topk(min(top_k or p.shape[-1], p.shape[-1]))
     # H(p) = -sum p log p, and log p = z + log max p, since max z = 0: no logarithm per token. One
     # row is summed as two: a single one is summed in another order.
-    H = -p.amax(-1).log() - z.mul_(p).expand(max(2, len(z)), -1).sum(-1)[: len(z)]
-    p, ids = p.topk(min(top_k or p.shape[-1], p.shape[-1]))
-    p = renormalised(p)
+    H = -top[:, 0].log() - z.mul_(p).expand(max(2, len(z)), -1).sum(-1)[: len(z)]
+    p = renormalised(top)
     if top_p < 1:  # a token stays if those before it do not reach the mass
         p = renormalised(p * (p.cumsum(-1) - p < top_p))
     return ids, above(p, min_p), H
@@ -240,12 +240,13 @@ class SoftThinking:
             p = above(nucleus, s.min_p)
             ids, ct = mixture(kept, p, s, self.g[self.rows, at.t], self.rngs)
         if s.method != "greedy":
-            thought = draw(p, at.u, kept)
+            if s.method == "soft":  # the most probable component names the step
+                thought = ids.gather(1, ct.argmax(-1, keepdim=True))[:, 0]
+            else:
+                thought = draw(p, at.u, kept)
             if s.truncation("answer_")[:3] != s.truncation()[:3]:
                 kept, nucleus, _ = truncated(logits, *s.truncation("answer_")[:3])
             said = draw(above(nucleus, s.answer_min_p), at.u, kept)
-            if s.method == "soft":  # the most probable component names the step
-                thought = ids.gather(1, ct.argmax(-1, keepdim=True))[:, 0]
             token = torch.where(thinking, thought, said)
         matched = self.automaton[self.matched, token].long()
         closing = thinking & (matched == len(END)) & (self.forced == 0)
@@ -299,8 +300,6 @@ def think(
         prompts[question] = text = build_prompt(tokenizer, question)
         tokens[question] = ids = tokenizer.encode(text)
         check_prompt(model.config, ids, question)
-    if not questions:
-        return
     samples = [k for _, k in zip(questions, samples or [0] * len(questions), strict=True)]
 
     def requests() -> Iterator[Request]:
@@ -311,7 +310,7 @@ def think(
                 prompt = Prompt(model.embed(torch.tensor(tokens[last], device=model.device)))
             yield Request(prompt, (seed, text_seed(last), samples[i]), i)
 
-    rows = model.plan(batch_size, max(map(len, tokens.values())), settings.max_new_tokens)
+    rows = model.plan(batch_size, max([0, *map(len, tokens.values())]), settings.max_new_tokens)
     method = SoftThinking(model, tokenizer, settings, rows, trace)
     keep = 4 if trace or watch else 1
     for output in decode(model, requests(), method, rows, settings.max_new_tokens, keep, watch):
