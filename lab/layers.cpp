@@ -79,8 +79,8 @@ static void swiglu(const X* gate, const X* up, X* y, int64_t n) {
 
 // x [B, d], T embeddings for each of R rows -> their hidden states, and a step's (T = 1) logits,
 // which are null for a prompt: at places [B] of [., d] and of [., vocabulary]. Overwrites x. rows,
-// last [B]: those of the cache, and the new positions there; cos, sin [B, h]: at these. keys, values
-// [layers] of [., K, ., h], with the strides of a row and of a head. S: more than any of last.
+// last [B]: those of the cache, and the new positions there; cos, sin [B, h]: at these. keys,
+// values [layers] of [., K, ., h], with the strides of a row and of a head. S: more than any last.
 extern "C" void run(const Model* model, X* x, const int64_t* rows, const int64_t* last,
                     const float* cos, const float* sin, X* const* keys, X* const* values,
                     const int64_t* places, X* hidden, float* logits, int64_t R, int64_t T,

@@ -3,10 +3,10 @@
 // lab/linear.py compiles it for rows in float or bfloat16, and for a weight of T: X, the same, or
 // int8_t with a scale for each of its rows. The weight lies in panels of COLUMNS of its rows, one k
 // after another, or one pair of k's after another where the processor multiplies bfloat16 in pairs:
-// it is read as it lies. DEPTH of these steps of a panel stay in the cache until up to MOST rows are
-// done with them, ROWS at a time, whose sums stay in registers; meanwhile the next are fetched. More
-// rows read the weight again. A sum goes from the first k to the last, however many other rows or
-// threads there are.
+// it is read as it lies. DEPTH of these steps of a panel stay in the cache until up to MOST rows
+// are done with them, ROWS at a time, whose sums stay in registers; meanwhile the next are fetched.
+// More rows read the weight again. A sum goes from the first k to the last, however many other rows
+// or threads there are.
 
 #include <algorithm>
 #include <vector>
