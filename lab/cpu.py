@@ -43,7 +43,6 @@ def usable(c: Config, dtype: torch.dtype, quantize: str | None, needed: float, f
 def use(model: Transformer) -> None:
     """Prompts and steps in C++ from now on, for a model of `fuse` and PanelLinear."""
     model.__class__, model.table = InCpp, Table(model)
-    keep_freed_memory()
 
 
 def keep_freed_memory() -> None:

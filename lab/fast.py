@@ -78,6 +78,8 @@ def load(
     for kind in kinds:
         model.lm_head = kind(model.lm_head)
     model.planner = plan  # not bound to the model: a cycle would keep its memory
+    if device.type == "cpu":
+        cpu.keep_freed_memory()
     if device.type == "cuda":
         model.recorder = steps.Recorder
         steps.use_kernels(model, [m for m in model.modules() if isinstance(m, Int8Linear)])
