@@ -167,7 +167,7 @@ def bench_decoding(args: argparse.Namespace) -> tuple[list[str], dict]:
         contenders["concept tokens"](longest, batch)
     peak, limit = timing.peak_memory(device), timing.bandwidth(device)
     exact = model
-    if args.quantize or args.against and type(model) is cpu.InCpp:  # peers have none in panels
+    if args.quantize or args.against and type(model) is cpu.InCpp:  # not peers' weights
         exact = fast.load(args.model, args.device, args.dtype, place=args.place)[0]
     lost = quality(model, tokenizer, exact) if args.quantize else ""
     prefills = {"ours": lambda length: prefill(model, embeds[:length])}

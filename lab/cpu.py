@@ -24,14 +24,15 @@ KERNELS = "multiply", "attend", "prefill"
 def usable(c: Config, dtype: torch.dtype, quantize: str | None, needed: float, free: float) -> bool:
     """Whether C++ gives what PyTorch does for such a model; else a line says why not.
 
-    needed: the bytes of its weights, which with AMX lie there several times; free: of the memory.
+    needed: the bytes of its weights, of which there are several copies with AMX; free: the bytes
+    of memory that are free.
     """
     try:
         if dtype not in native.DTYPES:
             raise ValueError(f"not in {str(dtype)[6:]}: use bfloat16 or float32")
         copies = 3 if quantize else 4  # PyTorch's (two in bfloat16), ours, and as much to spare
         if native.has_amx(dtype) and free <= copies * needed:
-            wanted = f"with AMX the weights and their copies want {copies * needed / 1e9:.1f} GB"
+            wanted = f"with AMX copies of the weights want {copies * needed / 1e9:.1f} GB"
             raise MemoryError(f"{wanted}, {free / 1e9:.1f} GB are free")
         check(c, dtype, quantize)
     except Exception as error:  # noqa: BLE001 (of the compiler, of the system)
@@ -41,7 +42,10 @@ def usable(c: Config, dtype: torch.dtype, quantize: str | None, needed: float, f
 
 
 def use(model: Transformer) -> None:
-    """Prompts and steps in C++ from now on, for a model of `fuse` and PanelLinear."""
+    """Compute prompts and steps in C++ from now on.
+
+    The model's blocks are fused, its linear layers PanelLinear.
+    """
     model.__class__, model.table = InCpp, Table(model)
 
 
@@ -114,7 +118,10 @@ class InCpp(Transformer):
         hidden: Tensor,
         logits: Tensor | None = None,
     ) -> None:
-        """Rows [n] of embeds [B, T, d]; fills theirs of hidden [B, T, d] and of logits [B, V]."""
+        """Rows [n] of the cache go on by theirs of embeds [B, T, d].
+
+        Their hidden states are written to hidden [B, T, d], a step's logits to logits [B, V].
+        """
         self.table = self.table or Table(self)
         keys, (B, T, d) = cache.keys[0], embeds.shape
         alike = embeds.is_cpu and embeds.dtype == keys.dtype == self.table.dtype
@@ -170,7 +177,7 @@ class Table:
     def address(self, x: Tensor | None) -> int | None:
         if x is None:
             return None
-        self.kept.append(x.detach())  # a parameter itself may be given another memory
+        self.kept.append(x.detach())  # its memory, even if the parameter gets another
         return x.data_ptr()
 
     def matrix(self, m: PanelLinear) -> Matrix:

@@ -1,4 +1,4 @@
-// The transformer on a CPU: rows go on by an embedding, or by those of a prompt, in one call.
+// The transformer on a CPU: each row goes on by one embedding, or by a prompt's, in one call.
 //
 // lab/cpu.py compiles it for a model's numbers (float or bfloat16). Products and attention, which
 // take the time, are kernels of their own (lab/products.cpp, lab/attention.cpp, lab/prefill.cpp);
@@ -77,10 +77,11 @@ static void swiglu(const X* gate, const X* up, X* y, int64_t n) {
     }
 }
 
-// x [B, d], T embeddings for each of R rows -> their hidden states, and a step's (T = 1) logits,
-// which are null for a prompt: at places [B] of [., d] and of [., vocabulary]. Overwrites x. rows,
-// last [B]: those of the cache, and the new positions there; cos, sin [B, h]: at these. keys,
-// values [layers] of [., K, ., h], with the strides of a row and of a head. S: more than any last.
+// x [B, d]: T embeddings for each of R rows, B = R T; overwritten. Hidden states go to places [B]
+// of hidden [., d]; in a step (T = 1) logits to the same places of logits [., vocabulary], which is
+// null for a prompt. rows, last [B]: those of the cache, and the new positions there; cos, sin
+// [B, h]: at these. keys, values [layers] of [., K, ., h], with the strides of a row and of a head.
+// S: more than any last.
 extern "C" void run(const Model* model, X* x, const int64_t* rows, const int64_t* last,
                     const float* cos, const float* sin, X* const* keys, X* const* values,
                     const int64_t* places, X* hidden, float* logits, int64_t R, int64_t T,

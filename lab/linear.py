@@ -22,7 +22,7 @@ def exchange(module: nn.Module, layer: Callable[[nn.Module], nn.Module]) -> None
 
 
 def bytes_read(module: nn.Module) -> int:
-    """Of the weights of all linear layers inside, by a product of few rows."""
+    """Bytes of weights that all linear layers inside read for a product of few rows."""
     if isinstance(module, (nn.Linear, Int8Linear, PanelLinear)):
         own = *module.parameters(recurse=False), *module.buffers(recurse=False)
         return sum(x.nbytes for x in own)
@@ -41,8 +41,8 @@ def packs(device: torch.device, dtype: torch.dtype) -> bool:
 class PackedLinear(nn.Linear):
     """x [..., n] -> [..., m] on a CPU: in decoding with the weight laid out for oneDNN's product.
 
-    PyTorch's own product lays it out each time, or is slower (lab/SPEED.md). In float32 one row on
-    one thread keeps PyTorch's.
+    PyTorch's own product lays it out each time, or is slower. In float32 a product of one row on
+    one thread stays PyTorch's.
     """
 
     def __init__(self, linear: nn.Linear):

@@ -1,4 +1,5 @@
-// x Wᵀ on a CPU: in a step few rows x, so that reading W once should be all; in a prompt many.
+// x Wᵀ on a CPU: few rows x in a step, which should take what reading W once takes, many in a
+// prompt.
 //
 // lab/linear.py compiles it for rows in float or bfloat16, and for a weight of T: X, the same, or
 // int8_t with a scale for each of its rows. The weight lies in panels of COLUMNS of its rows, one k

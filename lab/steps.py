@@ -118,7 +118,7 @@ def check_attention(attend: Callable, model: Transformer) -> None:
 def compare(what: str, found: Tensor, exact: Tensor) -> None:
     most = max(4 * torch.finfo(found.dtype).eps, 1e-4)
     error, size = (found - exact).norm(dim=-1), exact.norm(dim=-1)
-    off = max(error.norm() / size.norm(), (error / size).max() / 4)  # of all rows, of any one
+    off = max(error.norm() / size.norm(), (error / size).max() / 4)  # a row may be off by more
     if not off <= most:  # NaN too
         raise ArithmeticError(f"{what} in {str(found.dtype)[6:]} is off by {off:.2g}")
 

@@ -397,7 +397,7 @@ def test_with_amx_more_copies_need_room(quantize, folder_of, monkeypatch, no_amx
     folder = folder_of("qwen3")
     c = checkpoint.check_config(folder)
     needed = fast.weight_bytes(c, torch.bfloat16, quantize)
-    wants = f"{BEGINS}MemoryError: with AMX the weights and their copies want 0.0 GB, 0.0 GB are"
+    wants = f"{BEGINS}MemoryError: with AMX copies of the weights want 0.0 GB, 0.0 GB are"
     least = 3 if quantize else 4
     for amx in False, True:
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
