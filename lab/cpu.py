@@ -18,8 +18,6 @@ from lab.fused import fuse
 from lab.linear import Int8Linear, PanelLinear, exchange
 from model import Config, KVCache, Transformer
 
-KERNELS = "multiply", "attend", "prefill"
-
 
 def usable(c: Config, dtype: torch.dtype, quantize: str | None, needed: float, free: float) -> bool:
     """Whether C++ gives what PyTorch does for such a model; else a line says why not.
@@ -77,7 +75,8 @@ class Layer(ctypes.Structure):
 class Model(ctypes.Structure):
     _fields_ = [("layers", ctypes.POINTER(Layer)), ("head", Matrix), ("norm", c_void_p)]
     _fields_ += [(name, c_int64) for name in ("count", "d", "H", "K", "h", "F")]
-    _fields_ += [("eps", c_float), *((name, c_void_p) for name in KERNELS)]
+    _fields_ += [("eps", c_float)]
+    _fields_ += [(name, c_void_p) for name in ("multiply", "attend", "prefill")]
 
 
 class InCpp(Transformer):
@@ -94,7 +93,7 @@ class InCpp(Transformer):
         return self.__dict__ | {"table": None}
 
     def step(self, embeds: Tensor, cache: KVCache) -> tuple[Tensor, Tensor]:
-        if native.has_amx(embeds.dtype) and len(embeds) > PanelLinear.few:
+        if self.lm_head.many is not None and len(embeds) > PanelLinear.few:
             return super().step(embeds, cache)
         rows = cache.rows[:, 0] if cache.live is None else cache.live.nonzero()[:, 0]
         new = embeds.new_empty if len(rows) == len(embeds) else embeds.new_zeros
@@ -104,7 +103,7 @@ class InCpp(Transformer):
         return hidden, logits
 
     def forward(self, embeds: Tensor, cache: KVCache | None = None) -> Tensor:
-        if cache is None or native.has_amx(embeds.dtype):
+        if cache is None or self.lm_head.many is not None:
             return super().forward(embeds, cache)
         hidden = embeds.new_empty(embeds.shape)
         self.go_on(embeds, cache.rows[:, 0], cache, hidden)
@@ -125,14 +124,15 @@ class InCpp(Transformer):
         self.table = self.table or Table(self)
         keys, (B, T, d) = cache.keys[0], embeds.shape
         alike = embeds.is_cpu and embeds.dtype == keys.dtype == self.table.dtype
-        positions = cache.lengths[rows, None] + torch.arange(T)
+        t = torch.arange(T)
+        positions = cache.lengths[rows, None] + t
         if not alike or (B, d) != (len(keys), self.config.d) or (positions >= cache.S).any():
             raise ValueError("embeddings or cache are unlike the model, or the cache is full")
         if embeds.requires_grad:
             raise ValueError("no gradients are computed in C++")
         cache.lengths += T
         rotation = self.rotation(positions, cache.S)
-        places = (rows[:, None] * T + torch.arange(T)).flatten()
+        places = (rows[:, None] * T + t).flatten()
         given = embeds[rows].contiguous(), rows.repeat_interleave(T), positions, *rotation
         out = places.data_ptr(), hidden.data_ptr(), None if logits is None else logits.data_ptr()
         layers = pointers(cache.keys), pointers(cache.values)

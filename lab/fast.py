@@ -17,7 +17,7 @@ from torch import nn
 from tqdm import tqdm
 
 import model as plain
-from lab import checkpoint, cpu, native, parallel, steps, template
+from lab import checkpoint, cpu, parallel, steps, template
 from lab.fused import fuse
 from lab.linear import Int8Linear, PackedLinear, PanelLinear, exchange, packs
 from lab.ranks import Place
@@ -57,9 +57,8 @@ def load(
         needed = weight_bytes(config, dtype, quantize, in_panels=True)
     checkpoint.check_memory(needed, device, dtype, quantize)
     pack = packs(device, dtype) and free > 3 * needed  # weights, oneDNN's copy, as much to spare
-    pack = pack and (not in_cpp or native.has_amx(dtype))
-    kinds = [Int8Linear] if quantize else pack * [PackedLinear]
-    kinds += in_cpp * [PanelLinear]
+    kinds = [Int8Linear] if quantize else [PackedLinear] if pack else []
+    kinds += [PanelLinear] if in_cpp else []
     read = partial(parallel.load, place=place) if N > 1 else plain.load
     with tqdm(desc="loading layers", total=config.layers, delay=1, leave=False) as bar:
 
