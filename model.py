@@ -5,8 +5,7 @@
     logits = model.logits(hidden[:, -1])                      # [1, d] -> float32 [1, V]
 
 In this order: Config, Transformer, KVCache, decode, Tokenizer, load. Shapes: B rows, T positions,
-d model width, H query heads, K key-value heads, h head width, V vocabulary, S positions that
-attention reads. Architectures: Llama 2 to 3.3, Qwen2 to Qwen3 (dense), QwQ, R1, Mistral, SmolLM2.
+d model width, H query heads, K key-value heads, h head width, V vocabulary, S cached positions.
 """
 
 import hashlib
@@ -109,8 +108,7 @@ def rope_frequencies(config: Config) -> tuple[Tensor, float]:
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
         keep = ((turns - low) / (high - low)).clamp(0, 1)
         return keep * freq + (1 - keep) * freq / s, 1.0
-    # The dimensions that make so many turns over the old context.
-    turns = rope.get("beta_fast") or 32, rope.get("beta_slow") or 1
+    turns = rope.get("beta_fast") or 32, rope.get("beta_slow") or 1  # over the old context
     first, last = (h * math.log(original / (n * 2 * math.pi)) / (2 * math.log(base)) for n in turns)
     first, last = max(math.floor(first), 0), min(math.ceil(last), h - 1)
     index = torch.arange(h // 2, device="cpu") - first
@@ -127,9 +125,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """q [B, T, H, h], k and v [B, S, K, h] -> [B, T, H, h]. Causal where no mask is given."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    grouped, causal = q.shape[1] != k.shape[1], mask is None  # grouped: H / K queries share keys
-    y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=grouped)
-    return y.transpose(1, 2)
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))  # K -> H heads
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None).transpose(1, 2)
 
 
 class Attention(nn.Module):
@@ -197,8 +194,7 @@ class Transformer(nn.Module):
         self.lm_head = nn.Linear(config.d, config.vocab_size, bias=False)
         if config.tied:
             self.lm_head.weight = self.embed_tokens.weight
-        # cos and sin of each position so far, [positions, h]. Not buffers: they stay float32.
-        self.cos = self.sin = torch.empty(0, config.head_dim)
+        self.cos = self.sin = torch.empty(0, config.head_dim)  # no buffers: they stay float32
 
     @property
     def embed(self) -> nn.Embedding:  # LongTensor [...] -> [..., d]
@@ -271,7 +267,7 @@ class KVCache:
         # Zeros, because what is masked is still multiplied (by 0), and 0 * NaN is NaN.
         shape = (rows, self.K, self.rounded(capacity, weight.device) + 1, c.head_dim)
         self.keys, self.values = ([weight.new_zeros(shape) for _ in model.layers] for _ in range(2))
-        self.S, self.mask, self.positions = 0, None, None
+        self.S, self.longest, self.mask, self.positions = 0, 0, None, None
         self.attention, self.most = model.attention or masked_attention, 0
 
     @staticmethod
@@ -283,7 +279,8 @@ class KVCache:
 
     def reserve(self, longest: int) -> None:
         """Have room for rows of up to that many positions; grows to twice, `most` at most."""
-        self.S, old = self.rounded(longest, self.lengths.device), self.keys[0].shape[2]
+        self.longest, self.mask, old = longest, None, self.keys[0].shape[2]
+        self.S = self.rounded(longest, self.lengths.device)
         # One more, never read: if attention read whole tensors, it would be compiled anew.
         room = max(self.S, min(2 * old, self.rounded(self.most, self.lengths.device))) + 1
         for tensors in (self.keys, self.values) if self.S >= old else ():
@@ -305,14 +302,17 @@ class KVCache:
         steps = torch.arange(self.S, device=self.lengths.device)
         self.positions = self.lengths[:, None] + steps[:T]
         self.lengths += T
-        later = steps > self.positions.repeat(1, self.G)[:, None, :, None]  # [rows, 1, G T, S]
-        self.mask = self.keys[0].new_zeros(later.shape).masked_fill_(later, -math.inf)
+        if T == 1 or T < self.longest:  # otherwise all rows begin here
+            later = steps > self.positions.repeat(1, self.G)[:, None, :, None]  # [rows, 1, G T, S]
+            self.mask = self.keys[0].new_zeros(later.shape).masked_fill_(later, -math.inf)
         return self.positions, self.S
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Store k, v [rows, T, K, h]; attend with q [rows, T, H, h]: [rows, T, H, h]."""
         for x, new in ((self.keys[layer], k), (self.values[layer], v)):
             x.transpose(1, 2).index_put_((self.rows, self.positions), new)
+        if self.mask is None:
+            return causal_attention(q, k, v)
         return self.attention(q, self.keys[layer], self.values[layer], self.positions, self.mask)
 
 
@@ -320,7 +320,7 @@ class KVCache:
 class Prompt:
     """Embeddings that requests begin with. All but the last are prefilled, once for all of them."""
 
-    CHUNK = 512  # positions at once: a long prompt does not keep the other rows waiting for long
+    FIRST, CHUNK = 4096, 512  # positions at once, of the first ones, which need no mask, and later
     embeds: Tensor  # [T, d], T >= 1
     like: "Prompt | None" = None  # a prefilled one: what both begin with is taken from it
     cache: KVCache | None = None  # their keys and values, one row
@@ -340,7 +340,7 @@ class Prompt:
                 self.done = int(alike.cumprod(0).sum())
                 self.cache.take(0, self.like.cache, self.done)
                 self.like = None  # its memory is free
-        chunk = self.embeds[self.done : len(self.embeds) - 1][: self.CHUNK]
+        chunk = self.embeds[self.done : -1][: self.CHUNK if self.done else self.FIRST]
         self.cache.reserve(self.done + len(chunk))
         if not model(chunk[None], self.cache).isfinite().all():
             raise UserError(f"the model's hidden states are {NOT_FINITE}")
@@ -534,8 +534,11 @@ class Tokenizer:
         # Anybody can write a template: it runs in the sandbox, without Python's internals.
         env = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
         env.filters["tojson"] = lambda x, **how: json.dumps(x, **{"ensure_ascii": False} | how)
-        env.globals |= {"raise_exception": refuse_chat, "strftime_now": time.strftime}
+        env.globals |= {"raise_exception": self.refuse, "strftime_now": time.strftime}
         self.template = env.from_string(text) if text else None
+
+    def refuse(self, message: str) -> None:  # a template's raise_exception
+        raise UserError(message)
 
     def encode(self, text: str) -> list[int]:
         return self.core.encode(text, add_special_tokens=False).ids
@@ -583,10 +586,6 @@ class Tokenizer:
                     ends = [m for m in range(len(text)) if seen.endswith(text[:m])]
                     table[matched, i] = len(text) if text in seen else max(ends)
         return table
-
-
-def refuse_chat(message: str) -> None:
-    raise UserError(message)
 
 
 def split_thought(text: str) -> tuple[str, str]:

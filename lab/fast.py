@@ -21,7 +21,7 @@ from lab import checkpoint, cpu, parallel, steps, template
 from lab.fused import fuse
 from lab.linear import Int8Linear, PackedLinear, PanelLinear, exchange, packs
 from lab.ranks import Place
-from model import KVCache, Tokenizer, Transformer, UserError
+from model import KVCache, Prompt, Tokenizer, Transformer, UserError
 
 
 def load(
@@ -118,12 +118,13 @@ def weight_bytes(
 def row_bytes(
     c: plain.Config, itemsize: int, device: torch.device, prompt: int, new: int
 ) -> tuple[int, int]:
-    """Bytes of a prompt's keys and values, and of all that a row takes while it is decoded."""
+    """Bytes that a prompt takes while it is prefilled, and that a row takes while it is decoded."""
     positions = KVCache.rounded(min(prompt + new, c.context), device)
     position = 2 * c.layers * c.kv_heads * c.head_dim * itemsize  # of its keys and values
     held = position * min(prompt, c.context)
+    passing = 4 * (c.d + c.ffn) * itemsize * min(prompt, Prompt.FIRST)  # a layer's results
     # A prompt keeps what was made of it; and float32 logits, and what a method makes of them.
-    return held, position * positions + held + 32 * c.vocab_size
+    return held + passing, position * positions + held + 32 * c.vocab_size
 
 
 def plan(
@@ -135,11 +136,11 @@ def plan(
     many are decoded side by side, so that the number is the user's to lower.
     """
     c, positions = model.config, min(prompt + new, model.config.context)
-    held, row = row_bytes(c, model.embed.weight.itemsize, model.device, prompt, new)
+    one, row = row_bytes(c, model.embed.weight.itemsize, model.device, prompt, new)
     layers = [m for m in model.modules() if isinstance(m, PackedLinear)]
     coming = sum(m.weight.nbytes for m in layers if m.packs and m.packed is None)  # oneDNN's copies
     # There is one more prompt: the one to come.
-    free = 0.9 * least(checkpoint.free_memory(model.device) - coming) - held
+    free = 0.9 * least(checkpoint.free_memory(model.device) - coming) - one
     fit = int(min(rows, free / row))
     there = f"{free / 1e9:.1f} GB are free"
     if fit < 1:

@@ -516,17 +516,33 @@ def test_what_a_prompt_begins_with_is_taken_from_one_that_begins_alike(
     assert outs[0] == outs[1]
 
 
+def test_positions_that_begin_all_rows_need_no_mask_and_all_others_have_one(folder_of):
+    model, _ = load(str(folder_of("qwen3")), "cpu", "float32")
+    x = model.embed(torch.arange(24).view(2, 12))
+    exact = model(x)
+    for room, masked in ((9, False), (12, True)):
+        cache = KVCache(model, 2, 12)
+        cache.reserve(room)
+        assert close(model(x[:, :9], cache), exact[:, :9], 1e-6)
+        assert (cache.mask is not None) == masked
+        cache.reserve(12)
+        for i in (9, 11):
+            found = model(x[:, i : i + 2][:, : 12 - i], cache)
+            assert close(found, exact[:, i : i + 2], 1e-6) and cache.mask is not None
+
+
 def test_a_long_prompt_is_prefilled_by_chunks_between_the_steps_of_the_others(
     folder_of, monkeypatch
 ):
     model, _ = load(str(folder_of("llama3")), "cpu", "float32")
     whole, _ = run(model, 2, [0, 3])
     monkeypatch.setattr(Prompt, "CHUNK", 7)
+    monkeypatch.setattr(Prompt, "FIRST", 9)
     lengths, embeds, log = forwards(monkeypatch), prompts(model), []
     method = spied(model, 2, lambda at: log.append(len(lengths)))
     requests = [Request(Prompt(embeds[i]), data=(i, LIMITS[i])) for i in (0, 3)]
     assert {i: tokens for i, tokens, _ in greedy(model, requests, method, 2)} == whole
-    assert lengths == [2, 7, 7, 7, 7, 1]
+    assert lengths == [2, 9, 7, 7, 6]
     assert log[:4] == [2, 3, 4, 5]  # one chunk between two steps
 
 

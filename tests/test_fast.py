@@ -270,11 +270,12 @@ def test_rows_that_do_not_fit_are_the_user_s_to_lower(folder_of, monkeypatch):
     c = model.config
     position = 2 * c.layers * c.kv_heads * c.head_dim * 4
     row = position * (64 + 20) + 32 * c.vocab_size  # 50 positions take up 64
+    prompt = 20 * (position + 4 * (c.d + c.ffn) * 4)  # of the one to come, with a layer's results
     # Laid out later, a second time.
     matrices = sum(m.weight.nbytes for m in model.modules() if isinstance(m, PackedLinear))
 
     def free(rows_of_memory):
-        there = (rows_of_memory * row + 20 * position) / 0.9 + matrices
+        there = (rows_of_memory * row + prompt) / 0.9 + matrices
         monkeypatch.setattr(checkpoint, "free_memory", lambda device: there)
 
     for rows_of_memory in (math.inf, 100, 8.01):
