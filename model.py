@@ -5,7 +5,8 @@
     logits = model.logits(hidden[:, -1])                      # [1, d] -> float32 [1, V]
 
 In this order: Config, Transformer, KVCache, decode, Tokenizer, load. Shapes: B rows, T positions,
-d model width, H query heads, K key-value heads, h head width, V vocabulary, S cached positions.
+d model width, H query heads, K key-value heads, h head width, V vocabulary, S positions that
+attention reads. Architectures: Llama 2 to 3.3, Qwen2 to Qwen3 (dense), QwQ, R1, Mistral, SmolLM2.
 """
 
 import hashlib
@@ -110,7 +111,7 @@ def rope_frequencies(config: Config) -> tuple[Tensor, float]:
         return keep * freq + (1 - keep) * freq / s, 1.0
     turns = rope.get("beta_fast") or 32, rope.get("beta_slow") or 1  # over the old context
     first, last = (h * math.log(original / (n * 2 * math.pi)) / (2 * math.log(base)) for n in turns)
-    first, last = max(math.floor(first), 0), min(math.ceil(last), h - 1)
+    first, last = max(math.floor(first), 0), min(math.ceil(last), h - 1)  # dimensions
     index = torch.arange(h // 2, device="cpu") - first
     stretch = (index / max(last - first, 0.001)).clamp(0, 1)
     factor = rope.get("attention_factor") or (0.1 * math.log(s) + 1 if s > 1 else 1.0)
@@ -125,7 +126,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """q [B, T, H, h], k and v [B, S, K, h] -> [B, T, H, h]. Causal where no mask is given."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))  # K -> H heads
+    G = q.shape[1] // k.shape[1]  # keys repeated: without a kernel for groups all scores are kept
+    k, v = k.repeat_interleave(G, 1), v.repeat_interleave(G, 1)
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None).transpose(1, 2)
 
 
@@ -194,7 +196,7 @@ class Transformer(nn.Module):
         self.lm_head = nn.Linear(config.d, config.vocab_size, bias=False)
         if config.tied:
             self.lm_head.weight = self.embed_tokens.weight
-        self.cos = self.sin = torch.empty(0, config.head_dim)  # no buffers: they stay float32
+        self.cos = self.sin = torch.empty(0, config.head_dim)  # [positions, h], always float32
 
     @property
     def embed(self) -> nn.Embedding:  # LongTensor [...] -> [..., d]
@@ -267,7 +269,7 @@ class KVCache:
         # Zeros, because what is masked is still multiplied (by 0), and 0 * NaN is NaN.
         shape = (rows, self.K, self.rounded(capacity, weight.device) + 1, c.head_dim)
         self.keys, self.values = ([weight.new_zeros(shape) for _ in model.layers] for _ in range(2))
-        self.S, self.longest, self.mask, self.positions = 0, 0, None, None
+        self.S, self.empty, self.mask, self.positions = 0, True, None, None
         self.attention, self.most = model.attention or masked_attention, 0
 
     @staticmethod
@@ -279,8 +281,7 @@ class KVCache:
 
     def reserve(self, longest: int) -> None:
         """Have room for rows of up to that many positions; grows to twice, `most` at most."""
-        self.longest, self.mask, old = longest, None, self.keys[0].shape[2]
-        self.S = self.rounded(longest, self.lengths.device)
+        self.S, old = self.rounded(longest, self.lengths.device), self.keys[0].shape[2]
         # One more, never read: if attention read whole tensors, it would be compiled anew.
         room = max(self.S, min(2 * old, self.rounded(self.most, self.lengths.device))) + 1
         for tensors in (self.keys, self.values) if self.S >= old else ():
@@ -295,16 +296,17 @@ class KVCache:
             x[row] = 0  # what is behind T is masked, but a NaN would not be
             if source:
                 x[row, :, :T] = (source.keys + source.values)[layer][0, :, :T]
-        self.lengths[row] = T
+        self.lengths[row], self.empty = T, self.empty and T == 0
 
     def advance(self, T: int) -> tuple[Tensor, int]:
         """Every row is T positions longer: the new positions, LongTensor [rows, T], and a bound."""
         steps = torch.arange(self.S, device=self.lengths.device)
         self.positions = self.lengths[:, None] + steps[:T]
         self.lengths += T
-        if T == 1 or T < self.longest:  # otherwise all rows begin here
+        if T == 1 or not self.empty:  # where all rows begin, attention is causal without a mask
             later = steps > self.positions.repeat(1, self.G)[:, None, :, None]  # [rows, 1, G T, S]
             self.mask = self.keys[0].new_zeros(later.shape).masked_fill_(later, -math.inf)
+        self.empty = False
         return self.positions, self.S
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -320,7 +322,7 @@ class KVCache:
 class Prompt:
     """Embeddings that requests begin with. All but the last are prefilled, once for all of them."""
 
-    FIRST, CHUNK = 4096, 512  # positions at once, of the first ones, which need no mask, and later
+    FIRST, CHUNK = 4096, 512  # positions at once: where it begins, without a mask; then with one
     embeds: Tensor  # [T, d], T >= 1
     like: "Prompt | None" = None  # a prefilled one: what both begin with is taken from it
     cache: KVCache | None = None  # their keys and values, one row
@@ -401,10 +403,8 @@ def decode(
     cache, every = KVCache(model, rows, 256), torch.arange(rows, device=device)
     embeds = model.embed.weight.new_zeros(rows, c.d)  # what each row is fed next
     at = At(t=torch.zeros_like(every), live=torch.zeros_like(every, dtype=torch.bool))
-    eos = torch.tensor(c.eos_ids, device=device)
-    cache.live = at.live
-    # Per step; the last place is for rows that have ended.
-    u = torch.zeros(rows, N + 1, device=device)
+    eos, cache.live = torch.tensor(c.eos_ids, device=device), at.live
+    u = torch.zeros(rows, N + 1, device=device)  # per step; the last for rows that have ended
     tokens, limit = every.new_zeros(rows, N + 1), every.new_zeros(rows)
     kept: list[Tensor] = []
 
@@ -434,7 +434,7 @@ def decode(
     lengths, started = [0] * rows, [0.0] * rows
     waiting, coming = iter(requests), None
     while True:
-        budget = Prompt.CHUNK  # prompt positions to prefill before the next step
+        budget = Prompt.CHUNK  # after so many positions of prompts the other rows make a step
         while None in slots and (budget > 0 or not any(slots)):
             coming = coming or next(waiting, None)
             if coming is None:
@@ -535,11 +535,8 @@ class Tokenizer:
         # Anybody can write a template: it runs in the sandbox, without Python's internals.
         env = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
         env.filters["tojson"] = lambda x, **how: json.dumps(x, **{"ensure_ascii": False} | how)
-        env.globals |= {"raise_exception": self.refuse, "strftime_now": time.strftime}
+        env.globals |= {"raise_exception": refuse_chat, "strftime_now": time.strftime}
         self.template = env.from_string(text) if text else None
-
-    def refuse(self, message: str) -> None:  # a template's raise_exception
-        raise UserError(message)
 
     def encode(self, text: str) -> list[int]:
         return self.core.encode(text, add_special_tokens=False).ids
@@ -587,6 +584,10 @@ class Tokenizer:
                     ends = [m for m in range(len(text)) if seen.endswith(text[:m])]
                     table[matched, i] = len(text) if text in seen else max(ends)
         return table
+
+
+def refuse_chat(message: str) -> None:
+    raise UserError(message)
 
 
 def split_thought(text: str) -> tuple[str, str]:
@@ -638,9 +639,8 @@ def load(
     with torch.device("meta"):  # shapes only
         model = Transformer(config).to(dtype).requires_grad_(False)
     files = tensor_files(folder, model)
-    if device.type == "cuda":
+    if device.type == "cuda":  # there partial sums, too, shall be float32
         torch.cuda.set_device(device)
-        # Partial sums too, not only whole ones, are float32.
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     for i, block in enumerate(model.layers):

@@ -131,6 +131,7 @@ class InCpp(Transformer):
         if embeds.requires_grad:
             raise ValueError("no gradients are computed in C++")
         cache.lengths += T
+        cache.empty = False
         rotation = self.rotation(positions, cache.S)
         places = (rows[:, None] * T + t).flatten()
         given = embeds[rows].contiguous(), rows.repeat_interleave(T), positions, *rotation

@@ -80,6 +80,8 @@ def load(
     if device.type == "cpu":
         cpu.keep_freed_memory()
     if device.type == "cuda":
+        if torch.cuda.get_device_capability(device) < (8, 0):  # all scores would be in memory
+            Prompt.FIRST = Prompt.CHUNK
         model.recorder = steps.Recorder
         steps.use_kernels(model, [m for m in model.modules() if isinstance(m, Int8Linear)])
     if in_cpp:
@@ -122,7 +124,8 @@ def row_bytes(
     positions = KVCache.rounded(min(prompt + new, c.context), device)
     position = 2 * c.layers * c.kv_heads * c.head_dim * itemsize  # of its keys and values
     held = position * min(prompt, c.context)
-    passing = 4 * (c.d + c.ffn) * itemsize * min(prompt, Prompt.FIRST)  # a layer's results
+    # Of a layer: gate and up, silu of gate, their product, and some of width d.
+    passing = 4 * (c.d + c.ffn) * itemsize * min(prompt, Prompt.FIRST)
     # A prompt keeps what was made of it; and float32 logits, and what a method makes of them.
     return held + passing, position * positions + held + 32 * c.vocab_size
 
@@ -136,16 +139,16 @@ def plan(
     many are decoded side by side, so that the number is the user's to lower.
     """
     c, positions = model.config, min(prompt + new, model.config.context)
-    one, row = row_bytes(c, model.embed.weight.itemsize, model.device, prompt, new)
+    prefill, row = row_bytes(c, model.embed.weight.itemsize, model.device, prompt, new)
     layers = [m for m in model.modules() if isinstance(m, PackedLinear)]
     coming = sum(m.weight.nbytes for m in layers if m.packs and m.packed is None)  # oneDNN's copies
     # There is one more prompt: the one to come.
-    free = 0.9 * least(checkpoint.free_memory(model.device) - coming) - one
-    fit = int(min(rows, free / row))
+    free = 0.9 * least(checkpoint.free_memory(model.device) - coming)
+    fit = int(min(rows, (free - prefill) / row))
     there = f"{free / 1e9:.1f} GB are free"
     if fit < 1:
-        needs = f"needs {row / 1e9:.1f} GB for its keys and values"
-        remedy = "lower --max-new-tokens"
+        needs = f"needs {row / 1e9:.1f} GB, and {prefill / 1e9:.1f} GB while its prompt is read"
+        remedy = "lower --max-new-tokens, or shorten the prompt"
         raise UserError(
             f"a sequence of {positions} positions {needs}, {there} on {model.device}: {remedy}"
         )

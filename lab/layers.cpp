@@ -7,6 +7,7 @@
 // waits for all.
 
 #include <algorithm>
+#include <memory>
 #include <vector>
 
 #include "vectors.h"
@@ -89,14 +90,15 @@ extern "C" void run(const Model* model, X* x, const int64_t* rows, const int64_t
     const Model& m = *model;
     int64_t H = m.H, K = m.K, h = m.h, heads = H + 2 * K, chunks = (S + CHUNK - 1) / CHUNK;
     int64_t B = R * T;
-    static thread_local std::vector<X> room;
+    static thread_local std::vector<X> kept;  // a step's room: what it has had stays
     static thread_local std::vector<float> sums;
     int64_t wide = std::max(heads * h, 2 * m.F);
     size_t step = logits ? B : 0, own = std::max(m.d, m.F) + wide + 2 * H * h + m.d;
-    room.resize(std::max(room.size(), B * own + step * m.head.N));  // what it has had stays
+    kept.resize(std::max(kept.size(), step * (own + m.head.N)));
     sums.resize(std::max(sums.size(), step * H * chunks * (h + 1)));
-    X *n = room.data(), *y = n + B * std::max(m.d, m.F), *q = y + B * wide, *a = q + B * H * h,
-      *z = a + B * H * h, *out = z + B * m.d;
+    std::unique_ptr<X[]> passing(new X[logits ? 0 : B * own]);  // a prompt's, which may be long
+    X *n = logits ? kept.data() : passing.get(), *y = n + B * std::max(m.d, m.F),
+      *q = y + B * wide, *a = q + B * H * h, *z = a + B * H * h, *out = z + B * m.d;
     float *parts = sums.data(), *lse = parts + B * H * chunks * h;
     auto multiply = [&](const X* from, const Matrix& w, X* to) {
         m.multiply(from, w.panels, w.scale, w.bias, to, B, w.K, w.N);

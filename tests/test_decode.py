@@ -520,15 +520,24 @@ def test_positions_that_begin_all_rows_need_no_mask_and_all_others_have_one(fold
     model, _ = load(str(folder_of("qwen3")), "cpu", "float32")
     x = model.embed(torch.arange(24).view(2, 12))
     exact = model(x)
-    for room, masked in ((9, False), (12, True)):
-        cache = KVCache(model, 2, 12)
-        cache.reserve(room)
-        assert close(model(x[:, :9], cache), exact[:, :9], 1e-6)
-        assert (cache.mask is not None) == masked
+    first = KVCache(model, 1, 12)
+    for cache in (first, KVCache(model, 2, 12)):
         cache.reserve(12)
-        for i in (9, 11):
-            found = model(x[:, i : i + 2][:, : 12 - i], cache)
-            assert close(found, exact[:, i : i + 2], 1e-6) and cache.mask is not None
+        rows = len(cache.rows)
+        assert close(model(x[:rows, :4], cache), exact[:rows, :4], 1e-5) and cache.mask is None
+    for T in (4, 3, 1):  # with room from before
+        done = int(cache.lengths[0])
+        assert close(model(x[:, done : done + T], cache), exact[:, done : done + T], 1e-5)
+        assert cache.mask is not None
+    for T, masked in ((0, False), (4, True)):
+        cache = KVCache(model, 1, 12)
+        cache.take(0, first, T)
+        cache.reserve(12)
+        assert close(model(x[:1, T : T + 4], cache), exact[:1, T : T + 4], 1e-5)
+        assert (cache.mask is not None) == masked
+    cache = KVCache(model, 2, 12)  # a step, which may be recorded, always has one
+    cache.reserve(1)
+    assert close(model(x[:, :1], cache), exact[:, :1], 1e-5) and cache.mask is not None
 
 
 def test_a_long_prompt_is_prefilled_by_chunks_between_the_steps_of_the_others(

@@ -49,8 +49,9 @@ def test_thoughts_of_8b_by_hand():
     # Keys and values of a position: 2 x 32 layers x 8 heads x 128 x 2 bytes. 33,024 take up 40,960.
     row = 131072 * (40960 + 256) + 32 * 128256
     c = fits.config_of("llama-3.1-8b")
+    layer = 2 * 256 * 4 * (4096 + 14336)  # what it makes of a prompt
     for gigabytes in (24, 80, 141):
-        free = 0.9 * (gigabytes * 1e9 - 2 * 8030261248) - 131072 * 256
+        free = 0.9 * (gigabytes * 1e9 - 2 * 8030261248) - 131072 * 256 - layer
         assert fits.thoughts(c, 1, gigabytes, None) == (int(free / row), 1)
     assert fits.thoughts(c, 1, 16, None) == (0, 0)
 
@@ -78,4 +79,5 @@ def test_on_eight_cards_every_part_has_its_share():
     part = 2 * (128256 * 8192 + (70553706496 - 128256 * 8192) // 8)  # embeddings are whole
     row = 131072 // 32 * 80 // 8 * (40960 + 256) + 32 * 128256
     free = 0.9 * (80e9 - part) - 131072 // 32 * 80 // 8 * 256
+    free -= 2 * 256 * 4 * (8192 + 28672 // 8)  # what a layer makes of a prompt
     assert fits.thoughts(c, 8, 80, None) == (int(free / row), 8)
