@@ -126,9 +126,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """q [B, T, H, h], k and v [B, S, K, h] -> [B, T, H, h]. Causal where no mask is given."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    G = q.shape[1] // k.shape[1]  # keys repeated: without a kernel for groups all scores are kept
-    k, v = k.repeat_interleave(G, 1), v.repeat_interleave(G, 1)
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None).transpose(1, 2)
+    grouped, causal = q.shape[1] != k.shape[1], mask is None  # grouped: H / K queries share keys
+    y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=grouped)
+    return y.transpose(1, 2)
 
 
 class Attention(nn.Module):

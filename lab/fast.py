@@ -80,7 +80,8 @@ def load(
     if device.type == "cpu":
         cpu.keep_freed_memory()
     if device.type == "cuda":
-        if torch.cuda.get_device_capability(device) < (8, 0):  # all scores would be in memory
+        # FlashAttention alone takes groups of heads: elsewhere all scores would be in memory.
+        if dtype == torch.float32 or torch.cuda.get_device_capability(device) < (8, 0):
             Prompt.FIRST = Prompt.CHUNK
         model.recorder = steps.Recorder
         steps.use_kernels(model, [m for m in model.modules() if isinstance(m, Int8Linear)])
