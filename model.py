@@ -257,8 +257,8 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, mask: T
 class KVCache:
     """Keys and values of `rows` sequences, each at its own length: [rows, K, capacity, h] a layer.
 
-    Attention reads the first S positions, the longest length in use rounded up: shapes stay few,
-    a row's bits the same beside any others. live, bool [rows]: steps may leave other rows out.
+    Attention reads the first S positions, the longest length in use rounded up: shapes stay few, a
+    row's bits the same beside any others. empty: no row has begun. live [rows]: steps skip others.
     """
 
     def __init__(self, model: Transformer, rows: int, capacity: int):
