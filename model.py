@@ -6,7 +6,7 @@
 
 In this order: Config, Transformer, KVCache, decode, Tokenizer, load. Shapes: B rows, T positions,
 d model width, H query heads, K key-value heads, h head width, V vocabulary, S positions that
-attention reads. Architectures: Llama 2 to 3.3, Qwen2 to Qwen3 (dense), QwQ, R1, Mistral, SmolLM2.
+attention reads. Architectures: Llama 2 to 3.3, Qwen2 to Qwen3 (dense), Mistral, SmolLM2.
 """
 
 import hashlib
@@ -111,7 +111,7 @@ def rope_frequencies(config: Config) -> tuple[Tensor, float]:
         return keep * freq + (1 - keep) * freq / s, 1.0
     turns = rope.get("beta_fast") or 32, rope.get("beta_slow") or 1  # over the old context
     first, last = (h * math.log(original / (n * 2 * math.pi)) / (2 * math.log(base)) for n in turns)
-    first, last = max(math.floor(first), 0), min(math.ceil(last), h - 1)  # dimensions
+    first, last = max(math.floor(first), 0), min(math.ceil(last), h - 1)
     index = torch.arange(h // 2, device="cpu") - first
     stretch = (index / max(last - first, 0.001)).clamp(0, 1)
     factor = rope.get("attention_factor") or (0.1 * math.log(s) + 1 if s > 1 else 1.0)
@@ -189,7 +189,7 @@ class Transformer(nn.Module):
         self.config = config
         weight = torch.empty(config.vocab_size, config.d)
         self.embed_tokens = nn.Embedding.from_pretrained(weight, freeze=False)
-        if not weight.is_meta:  # there, drawing it would import sympy for a second
+        if not weight.is_meta:  # drawing it on meta would import sympy for a second
             self.embed_tokens.reset_parameters()
         self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.d, config.norm_eps)
@@ -257,8 +257,8 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, mask: T
 class KVCache:
     """Keys and values of `rows` sequences, each at its own length: [rows, K, capacity, h] a layer.
 
-    Attention reads the first S positions, the longest length in use rounded up: shapes stay few, a
-    row's bits the same beside any others. empty: no row has begun. live [rows]: steps skip others.
+    Attention reads the first S positions, the longest length in use rounded up: shapes stay few,
+    bits are the same beside others. empty: no row has begun. live [rows]: steps may skip others.
     """
 
     def __init__(self, model: Transformer, rows: int, capacity: int):
@@ -301,9 +301,9 @@ class KVCache:
     def advance(self, T: int) -> tuple[Tensor, int]:
         """Every row is T positions longer: the new positions, LongTensor [rows, T], and a bound."""
         steps = torch.arange(self.S, device=self.lengths.device)
-        self.positions = self.lengths[:, None] + steps[:T]
+        self.positions, self.mask = self.lengths[:, None] + steps[:T], None
         self.lengths += T
-        if T == 1 or not self.empty:  # where all rows begin, attention is causal without a mask
+        if T == 1 or not self.empty:  # a first pass is causal without one; kernels of steps use it
             later = steps > self.positions.repeat(1, self.G)[:, None, :, None]  # [rows, 1, G T, S]
             self.mask = self.keys[0].new_zeros(later.shape).masked_fill_(later, -math.inf)
         self.empty = False
@@ -313,8 +313,8 @@ class KVCache:
         """Store k, v [rows, T, K, h]; attend with q [rows, T, H, h]: [rows, T, H, h]."""
         for x, new in ((self.keys[layer], k), (self.values[layer], v)):
             x.transpose(1, 2).index_put_((self.rows, self.positions), new)
-        if self.mask is None:
-            return causal_attention(q, k, v)
+        if self.mask is None:  # not every kernel has groups of heads: all scores would be kept
+            return causal_attention(q, *(x.repeat_interleave(self.G, 2) for x in (k, v)))
         return self.attention(q, self.keys[layer], self.values[layer], self.positions, self.mask)
 
 
@@ -404,7 +404,7 @@ def decode(
     embeds = model.embed.weight.new_zeros(rows, c.d)  # what each row is fed next
     at = At(t=torch.zeros_like(every), live=torch.zeros_like(every, dtype=torch.bool))
     eos, cache.live = torch.tensor(c.eos_ids, device=device), at.live
-    u = torch.zeros(rows, N + 1, device=device)  # per step; the last for rows that have ended
+    u = torch.zeros(rows, N + 1, device=device)  # a step's; the last, of tokens too: of ended rows
     tokens, limit = every.new_zeros(rows, N + 1), every.new_zeros(rows)
     kept: list[Tensor] = []
 
@@ -434,7 +434,7 @@ def decode(
     lengths, started = [0] * rows, [0.0] * rows
     waiting, coming = iter(requests), None
     while True:
-        budget = Prompt.CHUNK  # after so many positions of prompts the other rows make a step
+        budget = Prompt.CHUNK  # so many positions, or one longer pass, before the next step
         while None in slots and (budget > 0 or not any(slots)):
             coming = coming or next(waiting, None)
             if coming is None:

@@ -80,9 +80,6 @@ def load(
     if device.type == "cpu":
         cpu.keep_freed_memory()
     if device.type == "cuda":
-        # FlashAttention alone takes groups of heads: elsewhere all scores would be in memory.
-        if dtype == torch.float32 or torch.cuda.get_device_capability(device) < (8, 0):
-            Prompt.FIRST = Prompt.CHUNK
         model.recorder = steps.Recorder
         steps.use_kernels(model, [m for m in model.modules() if isinstance(m, Int8Linear)])
     if in_cpp:
@@ -143,18 +140,19 @@ def plan(
     prefill, row = row_bytes(c, model.embed.weight.itemsize, model.device, prompt, new)
     layers = [m for m in model.modules() if isinstance(m, PackedLinear)]
     coming = sum(m.weight.nbytes for m in layers if m.packs and m.packed is None)  # oneDNN's copies
-    # There is one more prompt: the one to come.
     free = 0.9 * least(checkpoint.free_memory(model.device) - coming)
+    # There is one more prompt: the one to come.
     fit = int(min(rows, (free - prefill) / row))
     there = f"{free / 1e9:.1f} GB are free"
     if fit < 1:
-        needs = f"needs {row / 1e9:.1f} GB, and {prefill / 1e9:.1f} GB while its prompt is read"
+        needs = f"needs {row / 1e9:.1f} GB, and {prefill / 1e9:.2f} GB while its prompt is read"
         remedy = "lower --max-new-tokens, or shorten the prompt"
         raise UserError(
             f"a sequence of {positions} positions {needs}, {there} on {model.device}: {remedy}"
         )
     if fit < rows:
         need = f"sequences of {positions} positions may need {row / 1e9:.2f} GB each"
+        need += f", a prompt {prefill / 1e9:.2f} GB while it is read"
         remedy = f"pass --batch-size {fit}, or lower --max-new-tokens"
         raise UserError(f"{rows} {need}, {there} on {model.device}: {remedy}")
     return rows

@@ -25,7 +25,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 aten, GPU = torch.ops.aten, torch.device("cuda", 0)
 MOVES = aten._to_copy.default, aten.copy_.default
 READS = aten._local_scalar_dense, aten.nonzero, aten.equal, aten.allclose, aten.masked_select
-READS += aten.bincount, aten._unique2, aten.unique_dim, aten.repeat_interleave
+READS += aten.bincount, aten._unique2, aten.unique_dim, aten.unique_consecutive
+READS += (aten.repeat_interleave,)
 INDEXES = aten.index.Tensor, aten.index_put_.default, aten.index_put.default
 GUARD = """
 #include <c10/core/impl/DeviceGuardImplInterface.h>
@@ -132,8 +133,9 @@ def run(func, args, kwargs):
 def check_devices(func, args, tensors, written) -> None:
     """RuntimeError where a tensor is not on the GPU, and PyTorch does not bring it there."""
     brought = tree_leaves(args[1]) if func in INDEXES else []  # indices
-    if torch.Tag.pointwise in func.tags or func is aten.fill_.Tensor:  # a number that is a tensor
-        brought = [x for x in tensors if not x.ndim and not any(x is y for y in written)]
+    fills = *INDEXES[1:], aten.fill_.Tensor, aten.masked_fill.Tensor, aten.masked_fill_.Tensor
+    if torch.Tag.pointwise in func.tags or func in fills:  # a number that is a tensor
+        brought += [x for x in tensors if not x.ndim and not any(x is y for y in written)]
     for x in tensors:
         if not isinstance(x, Pretended) and not any(x is y for y in brought):
             raise RuntimeError(f"Expected all tensors to be on the same device: {func}")
@@ -194,9 +196,12 @@ def start() -> None:
     facts |= {"mem_get_info": (free, free), "memory_allocated": 0, "memory_reserved": 0}
     facts |= {"max_memory_allocated": 0, "reset_peak_memory_stats": None, "synchronize": None}
     facts |= {"_lazy_init": None, "get_device_name": "a GPU that is not there"}
-    facts |= {"get_device_capability": (9, 0)}
     for name, value in facts.items():
         setattr(torch.cuda, name, lambda *_, value=value: value)
+    # Which kernel is the right one would be asked of the GPU.
+    F.scaled_dot_product_attention = lambda q, k, v, attn_mask=None, **how: (
+        aten._scaled_dot_product_attention_math(q, k, v, attn_mask, **how)[0]
+    )
     torch.cuda.CUDAGraph, torch.cuda.graph, torch.cuda.Event = Graph, Recording, Event
     Everywhere().__enter__()
     from model import masked_attention
