@@ -55,44 +55,6 @@ class Config:  # what the transformer needs to know of a config.json
     mlp_bias: bool
     eos_ids: tuple[int, ...] = ()
 
-    @staticmethod
-    def from_json(c: dict, eos_ids: tuple[int, ...] = ()) -> "Config":
-        """Read a `config.json` of transformers 4 or 5; UserError for what is not computed here."""
-        kind = c.get("model_type")
-        require("architecture", kind or ", ".join(c.get("architectures") or ["nothing"]), *KINDS)
-        if quantised := c.get("quantization_config"):
-            found = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
-            require("quantisation", found, "bfloat16", "float16", "float32 weights")
-        require("activation", c.get("hidden_act", "silu"), "silu")
-        rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
-        rope = {"rope_type": rope.get("type", "default")} | rope
-        require("RoPE type", rope["rope_type"], "default", "linear", "llama3", "yarn")
-        if rope.get("partial_rotary_factor", c.get("partial_rotary_factor", 1.0)) != 1.0:
-            raise UserError("unsupported RoPE: partial_rotary_factor other than 1")
-        theta = rope.get("rope_theta", c.get("rope_theta", 10000.0))
-        heads, d, context = c["num_attention_heads"], c["hidden_size"], c["max_position_embeddings"]
-        if rope["rope_type"] == "yarn":
-            if odd := {"mscale", "mscale_all_dim", "truncate"} & rope.keys():
-                raise UserError(f"unsupported YaRN option: found {', '.join(sorted(odd))}")
-            rope.setdefault("original_max_position_embeddings", context)
-            context = max(context, int(rope["factor"] * rope["original_max_position_embeddings"]))
-        # A window as long as the context is no window. Only Mistral's is in force without a switch.
-        window = c.get("use_sliding_window", kind == "mistral") and c.get("sliding_window")
-        if window and window < context:
-            require("attention", f"sliding window of {window} positions", "full attention")
-        found = {"d": d, "ffn": c["intermediate_size"], "layers": c["num_hidden_layers"]}
-        found |= {"vocab_size": c["vocab_size"], "norm_eps": c.get("rms_norm_eps", 1e-6)}
-        found |= {"heads": heads, "kv_heads": c.get("num_key_value_heads") or heads, "rope": rope}
-        found |= {"head_dim": c.get("head_dim") or d // heads, "rope_theta": float(theta)}
-        found |= {"context": context, "tied": bool(c.get("tie_word_embeddings"))}
-        bias = {key: bool(c.get(key)) for key in ("attention_bias", "mlp_bias")}
-        return Config(kind, eos_ids=eos_ids, **found, **bias)
-
-
-def require(what: str, found: Any, *supported: str) -> None:
-    if found not in supported:
-        raise UserError(f"unsupported {what}: found {found}; supported: {', '.join(supported)}")
-
 
 def rope_frequencies(config: Config) -> tuple[Tensor, float]:
     """Frequencies of the rotary embedding, float32 [h/2], and the factor on cosines and sines."""
@@ -674,7 +636,45 @@ def read_config(folder: Path) -> Config:
     sources = [json.loads(f.read_text(encoding="utf-8")) for f in files if f.exists()]
     for ids in (source.get("eos_token_id") for source in sources):
         eos_ids |= {i for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int)}
-    return Config.from_json(sources[0], tuple(sorted(eos_ids)))
+    return config_from_json(sources[0], tuple(sorted(eos_ids)))
+
+
+def config_from_json(c: dict, eos_ids: tuple[int, ...] = ()) -> Config:
+    """Read a `config.json` of transformers 4 or 5; UserError for what is not computed here."""
+    kind = c.get("model_type")
+    require("architecture", kind or ", ".join(c.get("architectures") or ["nothing"]), *KINDS)
+    if quantised := c.get("quantization_config"):
+        found = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+        require("quantisation", found, "bfloat16", "float16", "float32 weights")
+    require("activation", c.get("hidden_act", "silu"), "silu")
+    rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
+    rope = {"rope_type": rope.get("type", "default")} | rope
+    require("RoPE type", rope["rope_type"], "default", "linear", "llama3", "yarn")
+    if rope.get("partial_rotary_factor", c.get("partial_rotary_factor", 1.0)) != 1.0:
+        raise UserError("unsupported RoPE: partial_rotary_factor other than 1")
+    theta = rope.get("rope_theta", c.get("rope_theta", 10000.0))
+    heads, d, context = c["num_attention_heads"], c["hidden_size"], c["max_position_embeddings"]
+    if rope["rope_type"] == "yarn":
+        if odd := {"mscale", "mscale_all_dim", "truncate"} & rope.keys():
+            raise UserError(f"unsupported YaRN option: found {', '.join(sorted(odd))}")
+        rope.setdefault("original_max_position_embeddings", context)
+        context = max(context, int(rope["factor"] * rope["original_max_position_embeddings"]))
+    # A window as long as the context is no window. Only Mistral's is in force without a switch.
+    window = c.get("use_sliding_window", kind == "mistral") and c.get("sliding_window")
+    if window and window < context:
+        require("attention", f"sliding window of {window} positions", "full attention")
+    found = {"d": d, "ffn": c["intermediate_size"], "layers": c["num_hidden_layers"]}
+    found |= {"vocab_size": c["vocab_size"], "norm_eps": c.get("rms_norm_eps", 1e-6)}
+    found |= {"heads": heads, "kv_heads": c.get("num_key_value_heads") or heads, "rope": rope}
+    found |= {"head_dim": c.get("head_dim") or d // heads, "rope_theta": float(theta)}
+    found |= {"context": context, "tied": bool(c.get("tie_word_embeddings"))}
+    bias = {key: bool(c.get(key)) for key in ("attention_bias", "mlp_bias")}
+    return Config(kind, eos_ids=eos_ids, **found, **bias)
+
+
+def require(what: str, found: Any, *supported: str) -> None:
+    if found not in supported:
+        raise UserError(f"unsupported {what}: found {found}; supported: {', '.join(supported)}")
 
 
 def hf_name(name: str) -> str:  # of a parameter of Transformer, in a checkpoint

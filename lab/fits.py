@@ -15,7 +15,7 @@ import torch
 from lab import cli, flags
 from lab.fast import row_bytes, weight_bytes
 from lab.parallel import part_of
-from model import Config, UserError
+from model import Config, UserError, config_from_json
 
 DEVICES = ((1, 24), (1, 80), (2, 80), (1, 141), (8, 80))  # how many, of so many GB
 PROMPT, THOUGHT = 256, 32768
@@ -67,7 +67,7 @@ def config_of(alias: str) -> Config:
         c["model_type"] = "qwen2"
     c |= {"num_hidden_layers": layers, "num_attention_heads": heads, "head_dim": head_dim}
     c |= {"num_key_value_heads": kv_heads, "intermediate_size": ffn, "vocab_size": V}
-    return Config.from_json(c | {"tie_word_embeddings": tied, "max_position_embeddings": context})
+    return config_from_json(c | {"tie_word_embeddings": tied, "max_position_embeddings": context})
 
 
 def thoughts(c: Config, count: int, gigabytes: float, quantize: str | None) -> tuple[int, int]:

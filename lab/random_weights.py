@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from lab import files, flags
-from model import Config, Transformer, UserError, hf_name
+from model import Transformer, UserError, config_from_json, hf_name
 
 QWEN2 = {
     "model_type": "qwen2",
@@ -62,7 +62,7 @@ def write(name: str, large: bool) -> Path:
     if index.exists() and json.loads((folder / "config.json").read_text()) == config:
         return folder
     with torch.device("meta"):
-        parameters = Transformer(Config.from_json(config)).named_parameters()
+        parameters = Transformer(config_from_json(config)).named_parameters()
     shapes = {hf_name(name): tuple(p.shape) for name, p in parameters}
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)

@@ -273,7 +273,7 @@ def test_large_shapes_are_those_of_the_models():
     """Parameters as their model cards count them, in billions."""
     for name, billions in (("7b", 7.62), ("0.5b", 0.49)):
         config = random_weights.QWEN2 | random_weights.LARGE[name]
-        size = fast.weight_bytes(fast.plain.Config.from_json(config), torch.bfloat16, None)
+        size = fast.weight_bytes(fast.plain.config_from_json(config), torch.bfloat16, None)
         assert size / 2e9 == pytest.approx(billions, abs=0.005)
 
 

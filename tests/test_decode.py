@@ -16,7 +16,17 @@ from make_golden import FAMILIES
 
 import model as M
 from lab import fast, steps
-from model import Config, KVCache, Prompt, Request, Transformer, UserError, decode, draw, load
+from model import (
+    KVCache,
+    Prompt,
+    Request,
+    Transformer,
+    UserError,
+    config_from_json,
+    decode,
+    draw,
+    load,
+)
 
 COMPILED = pytest.param(
     "compiled", marks=pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
@@ -419,7 +429,7 @@ def test_where_steps_cannot_be_recorded_they_run_one_by_one(folder_of, monkeypat
 
 
 def test_a_recording_keeps_the_rotary_table_that_it_reads():
-    model, tables = Transformer(Config.from_json(FAMILIES["llama3"])), []
+    model, tables = Transformer(config_from_json(FAMILIES["llama3"])), []
     cache = SimpleNamespace(S=1000, keys=[torch.zeros(1, 1, 1001)])
 
     class Tables(steps.Recorder):

@@ -25,7 +25,7 @@ from lab.fast import load
 from lab.fused import hf_tensors
 from lab.linear import Int8Linear, PackedLinear, packs
 from lab.native import has_amx
-from model import Config, KVCache, Prompt, Request, Transformer, UserError, decode
+from model import KVCache, Prompt, Request, Transformer, UserError, config_from_json, decode
 from softcot import Sampler
 
 # --------------------------------------------------------------------------------- fused matrices
@@ -349,7 +349,7 @@ def test_loading_takes_hardly_more_memory_than_the_weights(way, folder_of, tmp_p
     config = FAMILIES["llama2"] | {"hidden_size": 512, "intermediate_size": 2048}
     config |= {"num_hidden_layers": 12, "vocab_size": 50000}
     with torch.device("meta"):
-        shapes = Transformer(Config.from_json(config)).named_parameters()
+        shapes = Transformer(config_from_json(config)).named_parameters()
     weights = {M.hf_name(n): torch.zeros(p.shape, dtype=torch.bfloat16) for n, p in shapes}
     size, largest = sum(w.nbytes for w in weights.values()), 50000 * 512 * 2
     safetensors.torch.save_file(weights, tmp_path / "model.safetensors")

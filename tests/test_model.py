@@ -18,7 +18,15 @@ from torch import nn
 import model as M
 from lab import checkpoint, fast
 from lab.fused import hf_tensors
-from model import Config, Tokenizer, Transformer, UserError, check_prompt, check_ranges, load
+from model import (
+    Tokenizer,
+    Transformer,
+    UserError,
+    check_prompt,
+    check_ranges,
+    config_from_json,
+    load,
+)
 
 # -------------------------------------------------------------------------------- the transformer
 
@@ -41,7 +49,7 @@ def test_right_padding_and_later_positions_change_nothing_before(folder_of):
 
 
 def test_the_gradient_with_respect_to_the_embeddings_is_a_finite_difference():
-    config = Config.from_json(FAMILIES["qwen2"])
+    config = config_from_json(FAMILIES["qwen2"])
     torch.manual_seed(0)
     model = Transformer(config).double()
     x, direction = torch.randn(1, 6, 32).double().requires_grad_(), torch.randn(1, 6, 32).double()
@@ -57,7 +65,7 @@ def test_the_gradient_with_respect_to_the_embeddings_is_a_finite_difference():
 
 
 def test_a_bfloat16_model_keeps_its_rotary_frequencies_in_float32():
-    model = Transformer(Config.from_json(FAMILIES["llama3"])).to(torch.bfloat16)
+    model = Transformer(config_from_json(FAMILIES["llama3"])).to(torch.bfloat16)
     model(torch.zeros(1, 3, 32, dtype=torch.bfloat16))
     assert model.cos.dtype == torch.float32
     assert model.logits(torch.zeros(2, 32, dtype=torch.bfloat16)).dtype == torch.float32
@@ -65,7 +73,7 @@ def test_a_bfloat16_model_keeps_its_rotary_frequencies_in_float32():
 
 def test_a_new_model_is_drawn_as_pytorch_draws_it():
     torch.manual_seed(0)
-    model = Transformer(Config.from_json(FAMILIES["llama2"]))
+    model = Transformer(config_from_json(FAMILIES["llama2"]))
     torch.manual_seed(0)
     assert torch.equal(model.embed.weight, nn.Embedding(272, 32).weight)
     assert all(p.requires_grad for p in model.parameters())
@@ -141,15 +149,15 @@ def test_end_of_sequence_ids_come_from_both_files(folder_of):
 
 
 def test_version_4_and_5_configurations_read_the_same():
-    four, five = Config.from_json(FAMILIES["llama3"]), Config.from_json(FAMILIES["llama3-v5"])
+    four, five = config_from_json(FAMILIES["llama3"]), config_from_json(FAMILIES["llama3-v5"])
     assert four.rope_theta == five.rope_theta
     assert {k: five.rope[k] for k in four.rope} == four.rope
 
 
 def test_yarn_lengthens_the_context_and_linear_leaves_it():
     yarn = FAMILIES["qwen2"] | {"rope_scaling": {"type": "yarn", "factor": 4.0}}
-    assert Config.from_json(yarn).context == 256
-    assert Config.from_json(FAMILIES["llama-linear"]).context == 64
+    assert config_from_json(yarn).context == 256
+    assert config_from_json(FAMILIES["llama-linear"]).context == 64
 
 
 def test_aliases_name_the_instruct_and_reasoning_repositories():

@@ -11,7 +11,17 @@ import torch
 from conftest import ROOT, TEMPLATE, record_steps, write_tokenizer
 from make_golden import FAMILIES
 
-from model import At, Config, Prompt, Request, Tokenizer, Transformer, UserError, draw, load
+from model import (
+    At,
+    Prompt,
+    Request,
+    Tokenizer,
+    Transformer,
+    UserError,
+    config_from_json,
+    draw,
+    load,
+)
 from soft_thinking import (
     END,
     Settings,
@@ -254,7 +264,7 @@ def scripted(folder, settings, steps, question="q", context=512):
     and the embedding matrix. What think_one says to the same script must be the same.
     """
     numbers = FAMILIES["qwen2"] | {"max_position_embeddings": context}
-    model = Transformer(Config.from_json(numbers, eos_ids=(257,))).requires_grad_(False)
+    model = Transformer(config_from_json(numbers, eos_ids=(257,))).requires_grad_(False)
     tokenizer, fed = Tokenizer(folder), []
 
     def logits(hidden):
@@ -289,7 +299,7 @@ def first_steps(model, folder, settings, rows, trace=False):
 
 
 def random_model():
-    return Transformer(Config.from_json(FAMILIES["qwen2"], eos_ids=(257,))).requires_grad_(False)
+    return Transformer(config_from_json(FAMILIES["qwen2"], eos_ids=(257,))).requires_grad_(False)
 
 
 def test_thinking_feeds_mixtures_and_answering_feeds_tokens(folder_of):

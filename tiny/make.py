@@ -31,7 +31,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from lab import fast, fused
-from model import Config, Prompt, Request, Tokenizer, Transformer, decode
+from model import Prompt, Request, Tokenizer, Transformer, config_from_json, decode
 
 # ----------------------------------------------------------------------------------------- problems
 # A story follows one number, x, from sentence to sentence. It is generated together with its
@@ -535,7 +535,7 @@ JUDGE_FROM = 0.4  # part of the training after which judging, with its long prom
 def make_model(kind, seed):
     """A Transformer with fused matrices: Muon treats q, k, v as one matrix, and gate, up too."""
     torch.manual_seed(seed)
-    model = Transformer(Config.from_json(kind.config))
+    model = Transformer(config_from_json(kind.config))
     torch.nn.init.normal_(model.embed.weight, std=0.02)
     for block in model.layers:
         fused.fuse(block)
