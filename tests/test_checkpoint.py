@@ -110,7 +110,8 @@ def test_model_load_does_not_run_what_is_broken(changes, said, folder_of):
     edit(folder, **changes)
     with pytest.raises(Exception):  # noqa: B017 (of any class: fast.load says it in a line)
         model, _ = M.load(str(folder), "cpu")
-        M.Prompt(model.embed(torch.arange(3))).prefill(model)
+        # In fewer than 16 positions PyTorch's causal kernel on a CPU overlooks keys that are NaN.
+        M.Prompt(model.embed(torch.arange(40))).prefill(model)
 
 
 def test_folders_that_lack_something_are_refused(folder_of, tmp_path):
