@@ -71,7 +71,8 @@ def rope_frequencies(config: Config) -> tuple[Tensor, float]:
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
         keep = ((turns - low) / (high - low)).clamp(0, 1)
         return keep * freq + (1 - keep) * freq / s, 1.0
-    turns = rope.get("beta_fast") or 32, rope.get("beta_slow") or 1  # over the old context
+    # The pairs that make so many turns over the old context; h - 1 as in YaRN's code.
+    turns = rope.get("beta_fast") or 32, rope.get("beta_slow") or 1
     first, last = (h * math.log(original / (n * 2 * math.pi)) / (2 * math.log(base)) for n in turns)
     first, last = max(math.floor(first), 0), min(math.ceil(last), h - 1)
     index = torch.arange(h // 2, device="cpu") - first
@@ -175,9 +176,7 @@ class Transformer(nn.Module):
         """
         T = embeds.shape[1]
         start = torch.arange(T, device=embeds.device)[None], T
-        return self.run(embeds, self.rotation(*(cache.advance(T) if cache else start)), cache)
-
-    def run(self, x: Tensor, rotation: tuple[Tensor, Tensor], cache: "KVCache | None") -> Tensor:
+        x, rotation = embeds, self.rotation(*(cache.advance(T) if cache else start))
         for layer, block in enumerate(self.layers):
             x = block(x, rotation, layer, cache)
         return self.norm(x)
@@ -265,7 +264,7 @@ class KVCache:
         steps = torch.arange(self.S, device=self.lengths.device)
         self.positions, self.mask = self.lengths[:, None] + steps[:T], None
         self.lengths += T
-        if T == 1 or not self.empty:  # a first pass is causal without one; kernels of steps use it
+        if T == 1 or not self.empty:  # a first pass is causal without a mask
             later = steps > self.positions.repeat(1, self.G)[:, None, :, None]  # [rows, 1, G T, S]
             self.mask = self.keys[0].new_zeros(later.shape).masked_fill_(later, -math.inf)
         self.empty = False
@@ -366,7 +365,8 @@ def decode(
     embeds = model.embed.weight.new_zeros(rows, c.d)  # what each row is fed next
     at = At(t=torch.zeros_like(every), live=torch.zeros_like(every, dtype=torch.bool))
     eos, cache.live = torch.tensor(c.eos_ids, device=device), at.live
-    u = torch.zeros(rows, N + 1, device=device)  # a step's; the last, of tokens too: of ended rows
+    # Per step; the last place is for rows that have ended.
+    u = torch.zeros(rows, N + 1, device=device)
     tokens, limit = every.new_zeros(rows, N + 1), every.new_zeros(rows)
     kept: list[Tensor] = []
 
@@ -396,7 +396,7 @@ def decode(
     lengths, started = [0] * rows, [0.0] * rows
     waiting, coming = iter(requests), None
     while True:
-        budget = Prompt.CHUNK  # so many positions, or one longer pass, before the next step
+        budget = Prompt.CHUNK  # prompt positions, or one longer pass, before the next step
         while None in slots and (budget > 0 or not any(slots)):
             coming = coming or next(waiting, None)
             if coming is None:

@@ -41,7 +41,9 @@ class CompiledStep:
         self.one = torch.compile(MethodType(own, self), options=options)
 
     def plain(self, x: Tensor, rotation: tuple, cache: KVCache) -> tuple[Tensor, Tensor]:
-        hidden = self.model.run(x, rotation, cache)[:, 0]
+        for layer, block in enumerate(self.model.layers):
+            x = block(x, rotation, layer, cache)
+        hidden = self.model.norm(x)[:, 0]
         return hidden, self.model.logits(hidden)
 
     def __call__(self, embeds: Tensor, cache: KVCache) -> tuple[Tensor, Tensor]:
