@@ -159,7 +159,8 @@ class Transformer(nn.Module):
         self.lm_head = nn.Linear(config.d, config.vocab_size, bias=False)
         if config.tied:
             self.lm_head.weight = self.embed_tokens.weight
-        self.cos = self.sin = torch.empty(0, config.head_dim)  # [positions, h], always float32
+        freq, self.scale = rope_frequencies(config)
+        self.freq = torch.cat([-freq, freq])  # [h], always float32: cos is even, sin takes the sign
 
     @property
     def embed(self) -> nn.Embedding:  # LongTensor [...] -> [..., d]
@@ -175,21 +176,17 @@ class Transformer(nn.Module):
         With a cache of B rows, with room for T more positions, each goes on from where it stands.
         """
         T = embeds.shape[1]
-        start = torch.arange(T, device=embeds.device)[None], T
-        x, rotation = embeds, self.rotation(*(cache.advance(T) if cache else start))
+        positions = cache.advance(T) if cache else torch.arange(T, device=embeds.device)[None]
+        x, rotation = embeds, self.rotation(positions)
         for layer, block in enumerate(self.layers):
             x = block(x, rotation, layer, cache)
         return self.norm(x)
 
-    def rotation(self, positions: Tensor, longest: int) -> tuple[Tensor, Tensor]:
-        """cos and sin at positions [B, T] < longest: float32 [B, T, 1, h], half of sin negated."""
-        if longest > len(self.cos) or self.cos.device != positions.device:
-            freq, scale = rope_frequencies(self.config)
-            angles = torch.arange(-(-longest // 1024) * 1024, device="cpu")[:, None] * freq
-            cos, sin = angles.cos() * scale, angles.sin() * scale  # [positions, h/2]
-            self.cos = torch.cat([cos, cos], -1).to(positions.device)
-            self.sin = torch.cat([-sin, sin], -1).to(positions.device)
-        return self.cos[positions][:, :, None], self.sin[positions][:, :, None]
+    def rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin at positions [B, T]: float32 [B, T, 1, h], half of sin negated."""
+        self.freq = self.freq.to(positions.device)
+        angles = positions[:, :, None, None] * self.freq
+        return angles.cos() * self.scale, angles.sin() * self.scale
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [..., d] -> float32 [..., V] (float64 from float64)."""
@@ -259,8 +256,8 @@ class KVCache:
                 x[row, :, :T] = (source.keys + source.values)[layer][0, :, :T]
         self.lengths[row], self.empty = T, self.empty and T == 0
 
-    def advance(self, T: int) -> tuple[Tensor, int]:
-        """Every row is T positions longer: the new positions, LongTensor [rows, T], and a bound."""
+    def advance(self, T: int) -> Tensor:
+        """Every row is T positions longer: the new positions, LongTensor [rows, T]."""
         steps = torch.arange(self.S, device=self.lengths.device)
         self.positions, self.mask = self.lengths[:, None] + steps[:T], None
         self.lengths += T
@@ -268,7 +265,7 @@ class KVCache:
             later = steps > self.positions.repeat(1, self.G)[:, None, :, None]  # [rows, 1, G T, S]
             self.mask = self.keys[0].new_zeros(later.shape).masked_fill_(later, -math.inf)
         self.empty = False
-        return self.positions, self.S
+        return self.positions
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Store k, v [rows, T, K, h]; attend with q [rows, T, H, h]: [rows, T, H, h]."""

@@ -82,14 +82,14 @@ class Past:
     def __init__(self, pad: Tensor):
         self.pad, self.S, self.kept, self.mask = pad, 0, {}, None
 
-    def advance(self, T: int) -> tuple[Tensor, int]:
-        """As KVCache.advance: the new positions, LongTensor [B, T], and a bound."""
+    def advance(self, T: int) -> Tensor:
+        """As KVCache.advance: the new positions, LongTensor [B, T]."""
         self.S += T
         key = torch.arange(self.S, device=self.pad.device)
         query = key[-T:, None]
         seen = (key <= query) & (key >= self.pad[:, None, None])  # [B, T, S]
         self.mask = (seen | (key == query))[:, None]  # padding sees itself: no softmax of nothing
-        return (query.T - self.pad[:, None]).clamp(min=0), self.S
+        return (query.T - self.pad[:, None]).clamp(min=0)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if layer in self.kept:

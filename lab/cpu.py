@@ -132,7 +132,7 @@ class InCpp(Transformer):
             raise ValueError("no gradients are computed in C++")
         cache.lengths += T
         cache.empty = False
-        rotation = self.rotation(positions, cache.S)
+        rotation = self.rotation(positions)
         places = (rows[:, None] * T + t).flatten()
         given = embeds[rows].contiguous(), rows.repeat_interleave(T), positions, *rotation
         out = places.data_ptr(), hidden.data_ptr(), None if logits is None else logits.data_ptr()

@@ -47,7 +47,7 @@ class CompiledStep:
         return hidden, self.model.logits(hidden)
 
     def __call__(self, embeds: Tensor, cache: KVCache) -> tuple[Tensor, Tensor]:
-        x, rotation, B = embeds[:, None], self.model.rotation(*cache.advance(1)), len(embeds)
+        x, rotation, B = embeds[:, None], self.model.rotation(cache.advance(1)), len(embeds)
         if B in self.sizes:
             return self.one(x, rotation, cache)
         if not self.one:
@@ -136,7 +136,7 @@ class Recorder:
 
     def __init__(self, model: Transformer, step: Callable, cache: KVCache, live: Tensor):
         self.model, self.step, self.cache, self.live = model, step, cache, live
-        self.graphs: dict[int, tuple] = {}
+        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self.capacity, self.refused = 0, False
         self.pending = deque([Flags(torch.ones_like(live))] * self.late)
 
@@ -146,7 +146,7 @@ class Recorder:
         if capacity != self.capacity:  # the cache has moved, and recordings go by addresses
             self.capacity, self.graphs = capacity, {}
         if S in self.graphs:
-            self.graphs[S][0].replay()
+            self.graphs[S].replay()
         else:
             self.step()  # this step, done at once; the recording is for those to come
             if not self.refused:
@@ -156,15 +156,14 @@ class Recorder:
 
     def record(self, S: int) -> None:
         try:
-            # With the rotary tables that it reads: longer ones may replace them in the model.
-            self.graphs[S] = self.capture(), self.model.cos, self.model.sin
+            self.graphs[S] = self.capture()
         except RuntimeError as error:  # a driver or an operation that cannot
             self.refused, reason = True, str(error).splitlines()[0]
             print(f"steps cannot be recorded here, and run one by one ({reason})", file=sys.stderr)
 
     def capture(self) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
-        pool = next(iter(self.graphs.values()))[0].pool() if self.graphs else None
+        pool = next(iter(self.graphs.values())).pool() if self.graphs else None
         with torch.cuda.graph(graph, pool=pool):
             self.step()
         return graph

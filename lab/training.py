@@ -41,10 +41,10 @@ class Past:
     def __init__(self, device: torch.device):
         self.device, self.L, self.kept, self.mask = device, 0, {}, None
 
-    def advance(self, T: int) -> tuple[Tensor, int]:
+    def advance(self, T: int) -> Tensor:
         L, self.L = self.L, self.L + T
         self.mask = causal_lower_right(T, L + T) if L else None  # the last query attends to all
-        return torch.arange(L, L + T, device=self.device)[None], L + T
+        return torch.arange(L, L + T, device=self.device)[None]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if layer in self.kept:

@@ -1,10 +1,8 @@
 """model.py's cache and decoding loop: what a method sees, and bits that depend on nobody else."""
 
 import dataclasses
-import gc
 import itertools
 import shutil
-import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -22,7 +20,6 @@ from model import (
     Request,
     Transformer,
     UserError,
-    config_from_json,
     decode,
     draw,
     load,
@@ -428,27 +425,20 @@ def test_where_steps_cannot_be_recorded_they_run_one_by_one(folder_of, monkeypat
     assert capsys.readouterr().err == said
 
 
-def test_a_recording_keeps_the_rotary_table_that_it_reads():
-    model, tables = Transformer(config_from_json(FAMILIES["llama3"])), []
-    cache = SimpleNamespace(S=1000, keys=[torch.zeros(1, 1, 1001)])
+def test_steps_are_recorded_once_for_each_length_and_anew_where_the_cache_has_moved():
+    cache, done = SimpleNamespace(S=256, keys=[torch.zeros(1, 1, 769)]), []
 
-    class Tables(steps.Recorder):
+    class Counted(steps.Recorder):
         def capture(self):
-            tables.append(weakref.ref(model.cos))
-            return SimpleNamespace(replay=lambda: None)
+            done.append(f"recorded {cache.S}")
+            return SimpleNamespace(replay=lambda S=cache.S: done.append(f"replayed {S}"))
 
-    def step():
-        model.rotation(torch.zeros(1, 1, dtype=torch.long), cache.S)
-
-    recorder = Tables(model, step, cache, torch.ones(1, dtype=torch.bool))
-    for cache.S in (1000, 5000, 1000):
+    recorder = Counted(None, lambda: done.append("step"), cache, torch.ones(1, dtype=torch.bool))
+    for S, capacity in (256, 768), (256, 768), (512, 768), (256, 768), (512, 1024), (512, 1024):
+        cache.S, cache.keys = S, [torch.zeros(1, 1, capacity + 1)]
         recorder()
-    gc.collect()
-    assert len(tables) == 2 and tables[0]() is not None and tables[1]() is model.cos
-    cache.keys = [torch.zeros(1, 1, 5001)]  # the cache has moved
-    recorder()
-    gc.collect()
-    assert len(tables) == 3 and tables[0]() is None
+    expected = "step, recorded 256, replayed 256, step, recorded 512, replayed 256"
+    assert ", ".join(done) == f"{expected}, step, recorded 512, replayed 512"
 
 
 # ------------------------------------------------------------------------------------ requests

@@ -67,7 +67,9 @@ def test_the_gradient_with_respect_to_the_embeddings_is_a_finite_difference():
 def test_a_bfloat16_model_keeps_its_rotary_frequencies_in_float32():
     model = Transformer(config_from_json(FAMILIES["llama3"])).to(torch.bfloat16)
     model(torch.zeros(1, 3, 32, dtype=torch.bfloat16))
-    assert model.cos.dtype == torch.float32
+    positions = torch.tensor([[0, 1000]])
+    exact = Transformer(model.config).rotation(positions)
+    assert all(map(torch.equal, model.rotation(positions), exact))
     assert model.logits(torch.zeros(2, 32, dtype=torch.bfloat16)).dtype == torch.float32
 
 
