@@ -11,14 +11,13 @@
     python -m lab.bench --device cuda --report report.jsonl
 
 Decoding one sequence reads every weight once, so bytes read per step / memory bandwidth is the
-least time that a step can take; the bandwidth is measured in the same run. What is compared runs in
-turns, A B C A B C, because machines are noisy; printed are medians with least and most. Peers are
-optional and never needed by the project.
+least time that a step can take. Machines are noisy: what is compared runs in turns, A B C A B C,
+each behind a reading of the memory, and printed are medians with least and most. Peers are optional
+and never needed by the project.
 """
 
 import argparse
 import itertools
-import math
 import statistics
 import sys
 import time
@@ -28,13 +27,12 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import soft_reasoning
 import softcot
-from lab import bench_landscapes, bench_report, bench_search, bench_training, checkpoint, cli
-from lab import cpu, fast, files, flags, peers, ranks, timing
+from lab import bench_int8, bench_landscapes, bench_report, bench_search, bench_training
+from lab import checkpoint, cli, cpu, fast, files, flags, peers, ranks, timing
 from lab.linear import bytes_read
 from lab.timing import Clock
 from model import Prompt, Request, Tokenizer, Transformer, UserError, check_prompt, decode
@@ -112,27 +110,6 @@ def loading(args: argparse.Namespace) -> tuple[Transformer, Tokenizer, str]:
     return model, tokenizer, said
 
 
-@torch.inference_mode()
-def quality(model: Transformer, tokenizer: Tokenizer, exact: Transformer) -> str:
-    """What 8 bits cost: perplexity, and agreement of the greedy tokens.
-
-    On the text of README.md and tiny/README.md, in pieces of 512 tokens.
-    """
-    texts = [(flags.ROOT / name).read_text("utf-8") for name in ("README.md", "tiny/README.md")]
-    ids = torch.tensor(tokenizer.encode("\n".join(texts)), device=model.device)
-    loss, same, count = [0.0, 0.0], 0, 0
-    for piece in ids.split(512):
-        logits = [m.logits(m(m.embed(piece[None]))[0, :-1]) for m in (exact, model)]
-        lost = [F.cross_entropy(x, piece[1:], reduction="sum").item() for x in logits]
-        loss = [a + b for a, b in zip(loss, lost)]
-        same += (logits[0].argmax(-1) == logits[1].argmax(-1)).sum().item()
-        count += len(piece) - 1
-    without, with_ = (math.exp(x / count) for x in loss)
-    perplexity = f"perplexity {with_:.3f}, without it {without:.3f}"
-    agreement = f"greedy tokens agree at {same / count:.1%} of the positions"
-    return f"int8 on {count} tokens of the READMEs: {perplexity}; {agreement}"
-
-
 # --------------------------------------------------------------------------------------- decoding
 
 
@@ -165,11 +142,11 @@ def bench_decoding(args: argparse.Namespace) -> tuple[list[str], dict]:
         compiling.append(f"{max(0, cold - warm):.0f} s at batch {batch}")
     for batch in args.batch:  # all our memory is in use once, before a peer takes some
         contenders["concept tokens"](longest, batch)
-    peak, limit = timing.peak_memory(device), timing.bandwidth(device)
+    peak = timing.peak_memory(device)
     exact = model
     if args.quantize or args.against and type(model) is cpu.InCpp:  # not peers' weights
         exact = fast.load(args.model, args.device, args.dtype, place=args.place)[0]
-    lost = quality(model, tokenizer, exact) if args.quantize else ""
+    lost = bench_int8.quality(model, tokenizer, exact) if args.quantize else ""
     prefills = {"ours": lambda length: prefill(model, embeds[:length])}
     versions = [f"torch {torch.__version__}"]
     folder = checkpoint.find_folder(args.model)
@@ -185,31 +162,38 @@ def bench_decoding(args: argparse.Namespace) -> tuple[list[str], dict]:
     header = [
         f"{args.model}, {kind}, {timing.hardware(device)}; {', '.join(versions)}",
         f"{loaded}; peak memory {peak:.2f} GB{took}",
-        f"memory reads {limit['read']:.1f} GB/s, copies {limit['copy']:.1f} GB/s",
         f"{args.tokens} tokens decoded, {runs}: median (least to most)",
     ]
     columns = ["prompt", "batch", "method", "tokens/s", "ms per step", "MB per step"]
     columns += ["share of read bandwidth", "time beside greedy"]
-    lines = [*header, "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    lines = ["", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     results, position = [], c.layers * 2 * c.kv_heads * c.head_dim * dtype.itemsize
+    gigabyte, limits = torch.ones(1 << 28, device=device), []  # bytes per second
     for length, batch in itertools.product(args.prompt, args.batch):
         read = weights + batch * (length + args.tokens // 2) * position
-        times = {name: [] for name in contenders}
+        times, shares = {name: [] for name in contenders}, {name: [] for name in contenders}
         for _ in range(args.repeats):
             for name, contender in contenders.items():
-                times[name].append(contender(length, batch))
+                limits.append(timing.read_speed(gigabyte))
+                seconds = contender(length, batch)
+                if seconds is not None:  # llama.cpp decodes one sequence
+                    times[name].append(seconds)
+                    shares[name].append(read / seconds / limits[-1])
         for name, t in times.items():
-            if None in t:
+            if not t:
                 continue
-            step, share = statistics.median(t), read / statistics.median(t) / limit["read"] / 1e9
+            step, share = statistics.median(t), statistics.median(shares[name])
             # Pair by pair, because the machine's speed drifts.
             ratio = statistics.median(a / b for a, b in zip(t, times["greedy"]))
             row = {"prompt": length, "batch": batch, "method": name, "seconds_per_step": t}
-            results.append(row | {"bytes_per_step": read, "beside_greedy": ratio})
+            row |= {"bytes_per_step": read, "shares": shares[name], "beside_greedy": ratio}
+            results.append(row)
             speed = f"{batch / step:.1f} ({batch / max(t):.1f} to {batch / min(t):.1f})"
             cells = [f"{step * 1e3:.1f}", f"{read / 1e6:.0f}", f"{share:.0%}", f"{ratio:.3f}"]
             lines.append(f"| {length} | {batch} | {name} | {speed} | {' | '.join(cells)} |")
-    took, lines = {}, [*lines, ""]
+    usual, least, most = (f(limits) / 1e9 for f in (statistics.median, min, max))
+    header.append(f"memory reads {usual:.1f} GB/s ({least:.1f} to {most:.1f}) before these")
+    took, lines = {}, [*header, *lines, ""]
     for length in args.prompt:
         runs = {name: partial(run, length) for name, run in prefills.items()}
         took[length], said = timing.in_turns(runs, args.repeats, device), []
@@ -223,7 +207,7 @@ def bench_decoding(args: argparse.Namespace) -> tuple[list[str], dict]:
     five = statistics.median(b / a for a, b in pairs[1:])
     one = f"five candidates of one prompt of {first} tokens in one batch take"
     lines += [f"Soft Reasoning: {one} {five:.2f} x the time of one", *([lost] if lost else [])]
-    numbers = {"header": header, "bandwidth": limit, "prefill": took, "five_candidates": five}
+    numbers = {"header": header, "bandwidth": limits, "prefill": took, "five_candidates": five}
     return lines, numbers | {"int8": lost, "results": results}
 
 

@@ -52,16 +52,9 @@ class Clock:
         return statistics.median(b - a for a, b in zip(self.times[3:], self.times[4:]))
 
 
-def bandwidth(device: torch.device) -> dict[str, float]:
-    """GB/s of reading 1 GB, and of copying it (read and write counted), best of seven.
-
-    What the memory can do.
-    """
-    x = torch.ones(1 << 28, device=device)  # float32
-    y = torch.empty_like(x)
-    read = min(seconds(lambda: torch.max(x), device) for _ in range(7))
-    copy = min(seconds(lambda: y.copy_(x), device) for _ in range(7))
-    return {"read": x.nbytes / read / 1e9, "copy": 2 * x.nbytes / copy / 1e9}
+def read_speed(x: torch.Tensor) -> float:
+    """Bytes per second of reading x, best of three: 1 GB, or more than any cache holds."""
+    return x.nbytes / min(seconds(lambda: torch.max(x), x.device) for _ in range(3))
 
 
 def peak_memory(device: torch.device) -> float:
