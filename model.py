@@ -361,7 +361,8 @@ def decode(
     cache, every = KVCache(model, rows, 256), torch.arange(rows, device=device)
     embeds = model.embed.weight.new_zeros(rows, c.d)  # what each row is fed next
     at = At(t=torch.zeros_like(every), live=torch.zeros_like(every, dtype=torch.bool))
-    eos, cache.live = torch.tensor(c.eos_ids, device=device), at.live
+    cache.live = at.live
+    eos = torch.tensor(c.eos_ids, device=device)
     # Per step; the last place is for rows that have ended.
     u = torch.zeros(rows, N + 1, device=device)
     tokens, limit = every.new_zeros(rows, N + 1), every.new_zeros(rows)

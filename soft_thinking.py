@@ -30,12 +30,12 @@ def truncated(
     """
     z = logits.float()
     z = (z - z.amax(-1, keepdim=True)).div_(temperature)
-    z.clamp_(min=-1e4)  # a masked token adds 0 to H, not NaN
     p = torch.softmax(z, dim=-1)
-    # H(p) = -sum p log p, and log p = z + log max p, since max z = 0: no logarithm per token. One
-    # row is summed as two: a single one is summed in another order.
-    H = -p.amax(-1).log() - z.mul_(p).expand(max(2, len(z)), -1).sum(-1)[: len(z)]
+    # H(p) = -sum p log p, and log p = z + log max p, since max z = 0: no logarithm per token. A
+    # masked one's 0 * -inf counts as 0. A row is summed as two: one alone has another order.
+    pz = z.mul_(p).expand(max(2, len(z)), -1).nansum(-1)[: len(z)]
     p, ids = p.topk(min(top_k or p.shape[-1], p.shape[-1]))
+    H = -p[:, 0].log() - pz
     p = renormalised(p)
     if top_p < 1:  # a token stays if those before it do not reach the mass
         p = renormalised(p * (p.cumsum(-1) - p < top_p))
