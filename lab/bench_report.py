@@ -10,7 +10,6 @@ it is finished, and the same command goes on behind it. A run lasts nine minutes
 
 import argparse
 import ctypes
-import hashlib
 import json
 import multiprocessing
 import os
@@ -27,7 +26,7 @@ from pathlib import Path
 
 import torch
 
-from lab import checkpoint, files, flags, random_weights, timing
+from lab import checkpoint, files, flags, identity, random_weights, timing
 from model import UserError
 
 SECONDS = 9 * 60  # of a run
@@ -123,15 +122,10 @@ def describe(device: str | None = None) -> int:
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
-    code = hashlib.sha256()
-    for folder in (".", "lab", "baselines", "tests"):
-        for path in sorted((flags.ROOT / folder).iterdir()):
-            if path.suffix in (".py", ".cpp", ".h"):
-                code.update(path.read_bytes())
     about = {"machine": timing.hardware(device), "device": device.type}
     about |= {"torch": torch.__version__, "CUDA": torch.version.cuda}
     about |= {"Python": platform.python_version(), "commit": commit()}
-    print(json.dumps(about | {"code": code.hexdigest()[:12]}))
+    print(json.dumps(about | {"code": identity.code()}))
     return 0
 
 

@@ -20,6 +20,7 @@ from lab import checkpoint, fast, flags, page, results, tasks
 from lab.files import write_json
 from lab.identity import identified
 from lab.results import Job
+from lab.tables import aligned
 from lab.tasks import Problem
 from lab.trained import check_made_for, digest, identity, read_tensors
 from model import Tokenizer, Transformer, UserError, check_prompt, split_thought
@@ -241,5 +242,4 @@ def probe(
         cells += [f"{1 - mass.total():.3f}", f"{right:.3f}", f"{hits / len(those):.0%}"]
         lines.append([str(hops), str(t + 1), *cells])
     print("probability mass of the names by where they lie (how many there are), by problem length")
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    print("\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines))
+    print("\n".join(aligned(lines)))

@@ -6,7 +6,6 @@ from itertools import accumulate
 
 from lab import grading, tasks
 from lab.pictures import Entry
-from lab.rows import plain_row
 from lab.tables import length
 from model import UserError
 
@@ -41,14 +40,10 @@ def curve(entries: Sequence[Entry], task: tasks.Task) -> list[tuple[float, float
 
 def problems_of(records: Sequence[dict], task: tasks.Task) -> list[tasks.Problem]:
     """Of each record; none where one is of another making, or programs would have to be run."""
-    found = []
-    for record in records:
-        row = {"question": record["question"], "answer": record["gold"]}
-        row |= {"choices": record["choices"]}
-        try:
-            found.append(tasks.make_problem(task, 0, row, plain_row, "record"))
-        except UserError:
-            return []
+    try:
+        found = [tasks.of_record(task, record, "record") for record in records]
+    except UserError:
+        return []
     return [] if any(problem.kind == "code" for problem in found) else found
 
 

@@ -40,7 +40,8 @@ def beginning(text: str, at: int) -> tuple[Value, int] | None:
     reader = Reader(text[: at + LONGEST], at)
     try:
         found = reader.sum()
-        return (found, reader.at) if math.isfinite(found) else None
+        exact = isinstance(found, Fraction)  # and may be larger than any float
+        return (found, reader.at) if exact or math.isfinite(found) else None
     except (NoValueError, ZeroDivisionError, OverflowError):
         return None
 

@@ -16,10 +16,9 @@ from typing import TYPE_CHECKING
 
 from lab import programs
 from lab.answers import extract
+from lab.expression import Value
 from lab.latex import normalise, readings
 from model import split_thought
-
-__all__ = ["extract", "grade", "grader", "normalise", "read_answer", "reader", "readings", "vote"]
 
 if TYPE_CHECKING:
     from lab.tasks import Problem, Task  # which import this file
@@ -81,7 +80,7 @@ def grade(extracted: str | None, gold: str, kind: str, tolerance: float = 0) -> 
         return True
     if kind == "number":
         rough = max(tolerance, 1e-6)
-        return any(abs(a - b) <= rough * min(1, abs(b)) for a, b in pairs if (a, b) not in exact)
+        return any(near(a, b, rough) for a, b in pairs if (a, b) not in exact)
     if normalise(extracted) == normalise(gold):
         return True
     # No answer is as long or as nested, and it keeps math-verify busy for seconds.
@@ -93,6 +92,13 @@ def grade(extracted: str | None, gold: str, kind: str, tolerance: float = 0) -> 
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException:  # noqa: BLE001 (its TimeoutException is no Exception)
+        return False
+
+
+def near(a: Value, b: Value, tolerance: float) -> bool:
+    try:
+        return abs(a - b) <= tolerance * min(1, abs(b))
+    except OverflowError:  # one is irrational, the other larger than any float
         return False
 
 

@@ -1,4 +1,4 @@
-"""What a model is, beyond its name: short digests of its weights and its tokenizer, for records."""
+"""Short digests: of a model's weights and its tokenizer, for records, and of our programs."""
 
 import hashlib
 import json
@@ -49,6 +49,16 @@ def weights(folder: Path) -> str:
                 found.append((name, tensor["dtype"], tensor["shape"], blocks.hexdigest()))
     seen.update(json.dumps(sorted(found)).encode())
     return seen.hexdigest()[:16]
+
+
+def code() -> str:
+    """Of this repository's programs and tests, 12 hexadecimal digits."""
+    seen, root = hashlib.sha256(), Path(__file__).resolve().parent.parent
+    for folder in (root, *(root / name for name in ("lab", "baselines", "tests"))):
+        for path in sorted(folder.glob("*")):
+            if path.suffix in (".py", ".cpp", ".h"):
+                seen.update(path.read_bytes())
+    return seen.hexdigest()[:12]
 
 
 def tokenizer(folder: Path) -> str:

@@ -10,11 +10,10 @@ and `starter_code` are read. The last command is LiveCodeBench's; it wants all p
 Python.
 """
 
-import json
 import sys
 from pathlib import Path
 
-from lab import cli, files, flags
+from lab import cli, files, flags, regrade
 from model import UserError
 
 
@@ -24,12 +23,7 @@ def exported(path: str | Path, method: str | None = None) -> list[dict]:
     UserError for a file that holds no records of the task livecodebench and of one method, with
     as many samples of each question.
     """
-    lines = files.read(path).splitlines()
-    try:
-        records = [json.loads(line) for line in lines]
-        records = [r for r in records if r["settings"]["task"] == "livecodebench"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise UserError(f"{path} is not a result file, as --output writes it") from None
+    records = [r for r in regrade.read(path) if r["settings"]["task"] == "livecodebench"]
     if not records:
         raise UserError(f"{path} holds no records of --task livecodebench")
     methods = list(dict.fromkeys(r["method"] for r in records))

@@ -15,7 +15,7 @@ import jinja2
 from markupsafe import Markup
 
 from lab import costs, files, pictures, soft_thoughts, tables
-from lab.charts import CSS, COLOURS, Chart, short, visible
+from lab.charts import CSS, Chart, short, visible
 from lab.concepts import concepts
 from lab.pictures import Entry
 from lab.tasks import TASKS
@@ -249,7 +249,6 @@ def build(
         ends=[end for end in ends if end],
         notes=notes,
         names=records.names_json(),
-        palette=range(COLOURS),
         style=Markup(CSS + (HERE / "page.css").read_text(encoding="utf-8")),
         script=Markup(script),
         digest=digest,

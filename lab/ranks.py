@@ -8,7 +8,6 @@ it alone prints, and makes the table of what all replicas have written.
 """
 
 import argparse
-import hashlib
 import itertools
 import json
 import os
@@ -25,7 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lab import files
+from lab import files, identity
 from model import UserError
 
 LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun tells a process
@@ -203,11 +202,8 @@ def connected() -> tuple[Any, int, int]:
 
 def check_alike(args: argparse.Namespace, store: Any, rank: int, size: int) -> None:
     """UserError where ranks have other flags, versions, or (sums differ) processors."""
-    code, root = hashlib.sha256(), Path(__file__).resolve().parent.parent
-    for path in sorted([*root.glob("*.py"), *root.glob("lab/*.py"), *root.glob("baselines/*.py")]):
-        code.update(path.read_bytes())
     mine = {f"--{k.replace('_', '-')}": str(v) for k, v in vars(args).items()}
-    mine |= {"torch": torch.__version__, "this program": code.hexdigest()[:8]}
+    mine |= {"torch": torch.__version__, "this program": identity.code()}
     mine |= {"processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"}
     store.set(f"rank {rank}", json.dumps(mine))
     first = json.loads(store.get("rank 0"))

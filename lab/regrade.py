@@ -22,7 +22,6 @@ from dataclasses import replace
 
 from lab import at_k, cli, files, flags, grading, programs, tables, tasks
 from lab.results import KEY, graded
-from lab.rows import plain_row
 from lab.schema import check_record
 from lab.tasks import TASKS, Problem, Task
 from model import UserError, split_thought
@@ -94,10 +93,7 @@ def problems_of(path: str, records: list[dict], task: Task) -> dict[str, Problem
     found: dict[str, Problem] = {}
     for record in records:
         name = record["problem"]
-        row = {"question": record["question"], "answer": record["gold"]}
-        row |= {"choices": record["choices"]}
-        problem = tasks.make_problem(task, 0, row, plain_row, f"{path}, {name}")
-        problem = replace(problem, id=name)
+        problem = replace(tasks.of_record(task, record, f"{path}, {name}"), id=name)
         if found.setdefault(name, problem) != problem:
             raise UserError(f"{path}: records of two different problems are named {name}")
     return found

@@ -118,7 +118,9 @@ def write_logprobs(path: str, records: list[dict], model: str | None) -> None:
 
 def report(args: argparse.Namespace) -> None:
     paths = list(dict.fromkeys(args.files))
-    output = args.output or str(Path(paths[0]).with_suffix(".html"))
+    first = Path(paths[0])
+    named_so = first if first.name.strip(".") else Path("report")  # . and .. have no name
+    output = args.output or str(named_so.with_suffix(".html"))
     files.check_start(output)
     if args.logprobs:
         files.check_start(args.logprobs, b'{"object": "chat.completion"')

@@ -37,17 +37,17 @@ class Search:
 
 
 def read(path: str) -> list[Search]:
-    """UserError where there are none, or where programs would have to be run."""
+    """UserError where there are none, or they cannot be graded, or only by running programs."""
     records = regrade.read(path)
     task = regrade.only_task(path, records, None)
     regrade.only_settings(path, records, grading.grader(task))
     records = [record for record in records if record.get("points")]
     if not records:
         raise UserError(f"{path} holds no searches: --method soft of soft_reasoning.py makes them")
-    problems = costs.problems_of(records, task)
-    if not problems:
+    problems = regrade.problems_of(path, records, task)
+    if any(problem.kind == "code" for problem in problems.values()):
         raise UserError(f"{path} is of programs, which would have to be run: not counted here")
-    return [Search(r, problem, task.tolerance) for r, problem in zip(records, problems)]
+    return [Search(r, problems[r["problem"]], task.tolerance) for r in records]
 
 
 def line(searches: list[Search], first: int, last: int) -> list[str]:

@@ -77,6 +77,9 @@ RECORD = {  # of a result file: what is read of it again
     "stopped_by": str,
     "settings": {"task": str, "cold_stop_entropy": float, "cold_stop_steps": int},
 }
+GIVEN = ("method", "problem", "sample", "correct", "settings")  # never null
+SAID = {"text": str, "tokens": COUNT}  # a search's verdicts
+POINT = SAID | {"round": COUNT, "reward": float}
 NAMES = {str: "a text", bool: "true or false", int: "a whole number", float: "a number"}
 OTHERS = ("tokenizer.json", "chat_template.jinja", "*.safetensors")
 
@@ -150,11 +153,18 @@ def check_record(record: dict) -> None:
     """Raise ValueError, TypeError or KeyError for a record that no program of ours wrote."""
     if fault := first_fault(record, RECORD):
         raise ValueError(fault)
-    lists = [record.get(name) or [] for name in ("points", "verdicts", "texts")]
-    if not all(isinstance(items, list) for items in lists):
-        raise TypeError
-    texts = [said["text"] for said in lists[0] + lists[1]] + lists[2]
-    if not all(isinstance(text, str) for text in texts):
-        raise TypeError
-    if texts and not isinstance(record["answers"], list):
+    if null := [name for name in GIVEN if name in record and record[name] is None]:
+        raise ValueError(f"{null[0]} is null")
+    for name, fields in (("points", POINT), ("verdicts", SAID)):
+        for said in record.get(name) or ():
+            if fault := first_fault({field: said[field] for field in fields}, fields, name):
+                raise ValueError(fault)
+            _ = said["answer"]
+    if "texts" in record:
+        texts, weights = record["texts"], record.get("weights")
+        if not texts or not all(isinstance(text, str) for text in texts):
+            raise TypeError
+        if weights and len(weights) != len(texts):
+            raise ValueError("weights are not as many as texts")
+    if ("texts" in record or "points" in record) and not isinstance(record["answers"], list):
         raise TypeError

@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import resource
 import sys
 from collections.abc import Callable
 from itertools import zip_longest
@@ -14,6 +13,7 @@ from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
 from lab import protocols, study, tables, tasks
+from lab.timing import peak_memory
 from model import Tokenizer, Transformer, UserError
 
 FIRST = "model question task data protocol limit shard run-generated-code methods seed"
@@ -107,16 +107,11 @@ class Thought:
         elif not record["answer_ids"]:
             print("\n(no answer: the thought was never closed)", end="")
         tokens = record["thought_tokens"] + record["answer_tokens"]
-        if device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated(device)
-        else:  # kilobytes on Linux, bytes on macOS
-            unit = 1 if sys.platform == "darwin" else 1024
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
         why, speed = cls.WHY[record["stopped_by"]], tokens / record["seconds"]
         print(
             f"\n{record['thought_tokens']} thinking tokens ({why}), "
             f"{record['answer_tokens']} answer tokens ({record['finish_reason']}), "
-            f"{speed:.1f} tokens/s, peak memory {peak / 1e9:.2f} GB",
+            f"{speed:.1f} tokens/s, peak memory {peak_memory(device):.2f} GB",
             flush=True,
         )
         if gold:

@@ -119,8 +119,6 @@ def train(
 ) -> None:
     """Train what --method names in a folder, or go on."""
     s = flags.settings_of(args, method.Training)
-    if s.seed >= 1 << 63:
-        raise UserError(f"--seed must be below 2^63, not {s.seed}")
     name = "data" if args.data and not args.task else args.task or "tiny"
     name = tasks.training(name, args.data)
     problems, task = tasks.load(name, args.data, args.limit), tasks.TASKS[name]

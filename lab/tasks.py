@@ -239,6 +239,12 @@ def make_problem(task: Task, n: int, row: Any, parse: Callable, where: str) -> P
     return Problem(f"{task.name}-{n:05d}", question.strip(), answer, kind, choices, steps)
 
 
+def of_record(task: Task, record: dict, where: str) -> Problem:
+    """The problem that a record of a result file is of; its id is not the record's."""
+    row = {"question": record["question"], "answer": record["gold"], "choices": record["choices"]}
+    return make_problem(task, 0, row, plain_row, where)
+
+
 # ------------------------------------------------------------------------------------------ prompts
 
 INSTRUCTION = {

@@ -12,6 +12,7 @@ from pathlib import Path
 import huggingface_hub
 
 from lab.charts import visible
+from lab.checkpoint import check_tokenizer
 from model import ALIASES, Tokenizer
 
 PIECE = 200  # tokens at most that one row of the page holds
@@ -20,7 +21,10 @@ PIECE = 200  # tokens at most that one row of the page holds
 
 
 def tokenizer_of(name: str) -> Tokenizer | None:
-    """That of a model which is here: a folder, or in the Hugging Face cache. Nothing is fetched."""
+    """That of a model which is here: a folder, or in the Hugging Face cache. Nothing is fetched.
+
+    UserError for one that is damaged.
+    """
     try:
         folder = Path(name).expanduser()
         if not folder.is_dir():
@@ -28,7 +32,10 @@ def tokenizer_of(name: str) -> Tokenizer | None:
             folder = Path(huggingface_hub.snapshot_download(name, local_files_only=True))
     except (OSError, ValueError, RuntimeError):  # not in the cache; no name of a repository
         return None
-    return Tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
+    if not (folder / "tokenizer.json").is_file():
+        return None
+    check_tokenizer(folder)
+    return Tokenizer(folder)
 
 
 class Names:

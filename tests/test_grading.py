@@ -1,5 +1,6 @@
 """lab/grading.py: what is read from a text, which answers are the same, and who wins a vote."""
 
+import math
 import random
 import time
 
@@ -211,6 +212,14 @@ def test_numbers_are_compared_by_value(kind, monkeypatch):
     for a, b in OTHER:
         assert not grade(a, b, kind) and not grade(b, a, kind), (a, b)
     assert not grade(None, "1", kind)
+
+
+def test_integers_larger_than_any_float_are_compared_exactly_and_end_no_run():
+    huge = str(math.factorial(200))
+    assert grade("200!", huge, "number") and not grade("200!", huge[:-1] + "1", "number")
+    assert grade("2^{2000}", str(2**2000), "number")
+    for a, b in (("1e400", r"\sqrt{2}"), (r"\sqrt{2}", "1e400"), ("200!", r"\pi")):
+        assert not grade(a, b, "number")
 
 
 def test_tolerance():

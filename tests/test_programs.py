@@ -153,15 +153,21 @@ def test_livecodebench_reads_what_is_written(results, tmp_path, capsys):
         {"question_id": "a", "code_list": ["# soft a 0", "# soft a 1"]},
         {"question_id": "b", "code_list": ["# soft b 0", ""]},
     ]
-    assert livecodebench.exported(results, "cot")[1]["code_list"] == ["# cot b 0", "# cot b 1"]
+    expected = livecodebench.exported(results, "cot")
+    assert expected[1]["code_list"] == ["# cot b 0", "# cot b 1"]
+    capsys.readouterr()
+    with results.open("a") as file:  # of a run that was killed
+        file.write('{"problem": "livecodebench-00003", "met')
+    assert livecodebench.exported(results, "cot") == expected
+    assert "the last line is half-written" in capsys.readouterr().err
 
 
 def test_what_livecodebench_cannot_be_given_is_one_line(results, tmp_path, capsys):
     other, cut = tmp_path / "other.jsonl", tmp_path / "cut.jsonl"
-    other.write_text('{"settings": {"task": "gsm8k"}}\n')
+    other.write_text(results.read_text().replace('"task": "livecodebench"', '"task": "gsm8k"'))
     cut.write_text("".join(results.read_text().splitlines(keepends=True)[:3]))
     deep = tmp_path / "deep.jsonl"
-    deep.write_text("[" * 100_000)
+    deep.write_text("[" * 100_000 + "\n")
     os.mkfifo(tmp_path / "pipe")
     capsys.readouterr()
     for arguments, said in (
@@ -169,8 +175,8 @@ def test_what_livecodebench_cannot_be_given_is_one_line(results, tmp_path, capsy
         ([results, "--method", "hard"], "holds no method 'hard'; there are soft, cot"),
         ([other], "holds no records of --task livecodebench"),
         ([cut], "holds 1 samples of b and 2 of others: let the run finish first"),
-        ([__file__], "is not a result file"),
-        ([deep], "is not a result file"),
+        ([__file__], "line 1: not a record"),
+        ([deep], "line 1: not a record"),
         ([tmp_path / "pipe"], "is a named pipe"),
         ([tmp_path / "none"], "No such file"),
     ):

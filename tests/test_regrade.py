@@ -168,8 +168,8 @@ def test_a_vote_is_held_again_over_all_texts(tmp_path):
 
 def test_a_search_keeps_its_choice_and_its_points_are_read_anew(tmp_path, capsys):
     path, new = tmp_path / "out.jsonl", tmp_path / "new.jsonl"
-    points = [{"text": "It is 9.", "answer": "9", "reward": 2.0}]
-    points += [{"text": "It is 2.", "answer": None, "reward": 1.0}]
+    points = [{"text": "It is 9.", "answer": "9", "reward": 2.0, "round": 0, "tokens": 4}]
+    points += [{"text": "It is 2.", "answer": None, "reward": 1.0, "round": 0, "tokens": 4}]
     old = {"points": points, "answers": ["9", None], "answer_text": "It is 9.", "thought_text": ""}
     recorded(path, soft=lambda i, sample: dict(old))
     capsys.readouterr()

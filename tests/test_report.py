@@ -408,19 +408,22 @@ def test_a_mistake_is_one_line(runs, tmp_path, capsys):
     assert not (tmp_path / "x.html").exists() and not (tmp_path / "l.jsonl").exists()
 
 
+POINT = {"text": "2", "answer": "2", "round": 0, "reward": 1.0, "tokens": 1, "u": [0.0]}
 STRANGE = {
-    "problem": [7, ["a"]],
+    "method": [None],
+    "problem": [7, ["a"], None],
+    "sample": ["0", None],
     "choices": ["abc", ["a"]],
-    "correct": ["yes"],
+    "correct": ["yes", None],
     "seconds": ["fast", float("inf")],
     "thought_tokens": ["x"],
     "answer_tokens": [-5, 10**400],
     "stopped_by": [{}],
-    "settings": [{"task": 5}, []],
+    "settings": [{"task": 5}, [], None],
     "steps": [{"a": 1}, [{}], 7],
     "thought_ids": [[], ["a"], [-1] * 99, [10**30] * 99],
-    "texts": ["abc", ["a"]],
-    "points": [[{}], {"a": 1}],
+    "texts": ["abc", ["a"], [], [1]],
+    "points": [[{}], {"a": 1}, *([POINT | {name: None}] for name in POINT if name != "answer")],
     "soft_thoughts": [[1], {"norms": [1.0]}],
 }
 
@@ -439,6 +442,18 @@ def test_a_record_of_strange_values_is_not_a_record(runs, tmp_path, capsys):
     assert "is a named pipe" in failing([tmp_path / "pipe", "-o", tmp_path / "x.html"], capsys)
     assert "cannot read" in failing(["x" * 5000, "-o", tmp_path / "x.html"], capsys)
     assert traces.tokenizer_of("x" * 5000) is traces.tokenizer_of("~nobody-here/x") is None
+
+
+def test_a_damaged_tokenizer_is_one_line(runs, tmp_path, capsys):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    error = failing([runs.think, "-o", tmp_path / "x.html", "--model", tmp_path], capsys)
+    assert f"{tmp_path}/tokenizer.json" in error
+
+
+def test_a_folder_without_a_name_makes_report_html(runs, tmp_path, monkeypatch, capsys):
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 0.5}\n')
+    monkeypatch.chdir(tmp_path)
+    assert report.command(["."]) == 0 and (tmp_path / "report.html").exists()
 
 
 def test_a_half_written_last_line_is_left_out_with_a_note(runs, tmp_path, capsys):

@@ -115,6 +115,18 @@ def test_a_file_without_searches_is_refused(folder_of, tmp_path, capsys):
         assert said in printed.err and printed.err.count("\n") == 1 and not printed.out
 
 
+def test_what_cannot_be_graded_is_named(file, capsys):
+    def of_a_word(record):
+        settings = record["settings"] | {"task": "gsm8k"}
+        return record | {"settings": settings, "gold": "abc"}
+
+    write(file, of_a_word, **FOUND)
+    capsys.readouterr()
+    assert rounds.command([str(file)]) == 2
+    error = capsys.readouterr().err
+    assert "'abc'" in error and "programs" not in error and error.count("\n") == 1
+
+
 def test_programs_are_not_run(file, capsys):
     def of_programs(record):
         settings = record["settings"] | {"task": "mbpp"}
