@@ -32,7 +32,7 @@ def truncated(
     z = (z - z.amax(-1, keepdim=True)).div_(temperature)
     p = torch.softmax(z, dim=-1)
     # H(p) = -sum p log p, and log p = z + log max p, since max z = 0: no logarithm per token. A
-    # masked one's 0 * -inf counts as 0. A row is summed as two: one alone has another order.
+    # masked one's 0 * -inf is left out. One row is summed as two: alone it has another order.
     pz = z.mul_(p).expand(max(2, len(z)), -1).nansum(-1)[: len(z)]
     p, ids = p.topk(min(top_k or p.shape[-1], p.shape[-1]))
     H = -p[:, 0].log() - pz

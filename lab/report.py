@@ -119,8 +119,8 @@ def write_logprobs(path: str, records: list[dict], model: str | None) -> None:
 def report(args: argparse.Namespace) -> None:
     paths = list(dict.fromkeys(args.files))
     first = Path(paths[0])
-    named_so = first if first.name.strip(".") else Path("report")  # . and .. have no name
-    output = args.output or str(named_so.with_suffix(".html"))
+    stem = first if first.name.strip(".") else Path("report")  # . and .. have no name
+    output = args.output or str(stem.with_suffix(".html"))
     files.check_start(output)
     if args.logprobs:
         files.check_start(args.logprobs, b'{"object": "chat.completion"')

@@ -151,20 +151,18 @@ def shown(value: Any) -> str:
 
 def check_record(record: dict) -> None:
     """Raise ValueError, TypeError or KeyError for a record that no program of ours wrote."""
-    if fault := first_fault(record, RECORD):
-        raise ValueError(fault)
-    if null := [name for name in GIVEN if name in record and record[name] is None]:
-        raise ValueError(f"{null[0]} is null")
+    faults = [first_fault(record, RECORD)]
+    faults += [misfit(name, record[name], RECORD[name]) for name in GIVEN if name in record]
     for name, fields in (("points", POINT), ("verdicts", SAID)):
         for said in record.get(name) or ():
-            if fault := first_fault({field: said[field] for field in fields}, fields, name):
-                raise ValueError(fault)
+            faults += [misfit(field, said[field], wanted) for field, wanted in fields.items()]
             _ = said["answer"]
     if "texts" in record:
-        texts, weights = record["texts"], record.get("weights")
-        if not texts or not all(isinstance(text, str) for text in texts):
-            raise TypeError
-        if weights and len(weights) != len(texts):
-            raise ValueError("weights are not as many as texts")
+        texts, weights = record["texts"], record.get("weights") or [1.0] * len(record["texts"])
+        faults += [misfit("texts", texts, [str]), misfit("weights", weights, [float])]
+        if not isinstance(texts, list) or not texts or len(weights) != len(texts):
+            raise ValueError("no texts, or not as many weights")
     if ("texts" in record or "points" in record) and not isinstance(record["answers"], list):
         raise TypeError
+    if fault := next(filter(None, faults), None):
+        raise ValueError(fault)

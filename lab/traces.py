@@ -34,8 +34,11 @@ def tokenizer_of(name: str) -> Tokenizer | None:
         return None
     if not (folder / "tokenizer.json").is_file():
         return None
-    check_tokenizer(folder)
-    return Tokenizer(folder)
+    try:
+        return Tokenizer(folder)
+    except Exception:
+        check_tokenizer(folder)  # says in one line what is wrong with it
+        raise
 
 
 class Names:

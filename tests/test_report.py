@@ -409,6 +409,9 @@ def test_a_mistake_is_one_line(runs, tmp_path, capsys):
 
 
 POINT = {"text": "2", "answer": "2", "round": 0, "reward": 1.0, "tokens": 1, "u": [0.0]}
+POINT |= {"reward_verifier": None, "reward_coherence": 1.0, "ei": None}
+SEARCH = {"points": [POINT], "verdicts": [], "answers": ["2"], "rounds": 1}
+VOTE = {"texts": ["2", "3"], "answers": ["2", "3"], "weights": [0.5, 1]}
 STRANGE = {
     "method": [None],
     "problem": [7, ["a"], None],
@@ -422,8 +425,8 @@ STRANGE = {
     "settings": [{"task": 5}, [], None],
     "steps": [{"a": 1}, [{}], 7],
     "thought_ids": [[], ["a"], [-1] * 99, [10**30] * 99],
-    "texts": ["abc", ["a"], [], [1]],
-    "points": [[{}], {"a": 1}, *([POINT | {name: None}] for name in POINT if name != "answer")],
+    "texts": ["abc", ["a"]],
+    "points": [[{}], {"a": 1}],
     "soft_thoughts": [[1], {"norms": [1.0]}],
 }
 
@@ -435,6 +438,17 @@ def test_a_record_of_strange_values_is_not_a_record(runs, tmp_path, capsys):
             file.write_text(json.dumps(record | {name: value}) + "\n")
             error = failing([file, "-o", tmp_path / "x.html"], capsys)
             assert error.endswith("line 1: not a record; delete the line"), name
+    wrong = [VOTE | {"texts": texts} for texts in ([], ["2"], ["2", 3], "ab", None)]
+    wrong += [VOTE | {"weights": weights} for weights in ([1.0], ["a", "b"], 7)]
+    wrong.append(VOTE | {"texts": [], "weights": []})
+    for name in ("text", "round", "reward", "tokens", "u"):
+        wrong.append(SEARCH | {"points": [POINT | {name: None}]})
+    wrong.append(SEARCH | {"verdicts": [{"text": "2", "tokens": 1}]})  # no answer
+    for part in (SEARCH, VOTE):
+        report.check(record | part)
+    for part in wrong:
+        with pytest.raises((ValueError, TypeError, KeyError)):
+            report.check(record | part)
     for line in ('{"step": null, "loss": 1}', '{"step": 1, "loss": NaN}', '{"step": 1e999}'):
         file.write_text(line + "\n")
         assert "not a record" in failing([file, "-o", tmp_path / "x.html"], capsys)
