@@ -185,8 +185,9 @@ class Transformer(nn.Module):
     def rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin at positions [B, T]: float32 [B, T, 1, h], half of sin negated."""
         self.freq = self.freq.to(positions.device)
-        angles = positions[:, :, None, None] * self.freq
-        return angles.cos() * self.scale, angles.sin() * self.scale
+        # Float32's cosine may depend, in its last bit, on which others share a vector (on ARM).
+        angles = (positions[:, :, None, None] * self.freq).double()
+        return (angles.cos() * self.scale).float(), (angles.sin() * self.scale).float()
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [..., d] -> float32 [..., V] (float64 from float64)."""

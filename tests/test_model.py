@@ -73,6 +73,15 @@ def test_a_bfloat16_model_keeps_its_rotary_frequencies_in_float32():
     assert model.logits(torch.zeros(2, 32, dtype=torch.bfloat16)).dtype == torch.float32
 
 
+def test_rotary_cosines_and_sines_are_rounded_once_so_that_no_neighbour_decides_a_bit():
+    model = Transformer(config_from_json(FAMILIES["llama3"]))
+    positions = torch.arange(0, 2000, 7).view(2, -1)
+    angles = (positions[..., None, None] * model.freq).flatten().tolist()  # float32's
+    for function, found in zip((math.cos, math.sin), model.rotation(positions)):
+        exact = torch.tensor([function(angle) for angle in angles], dtype=torch.float64)
+        assert found.dtype == torch.float32 and torch.equal(found.flatten(), exact.float())
+
+
 def test_a_new_model_is_drawn_as_pytorch_draws_it():
     torch.manual_seed(0)
     model = Transformer(config_from_json(FAMILIES["llama2"]))
