@@ -32,7 +32,7 @@ from torch import Tensor
 import soft_reasoning
 import softcot
 from lab import bench_int8, bench_landscapes, bench_report, bench_search, bench_training
-from lab import checkpoint, cli, cpu, fast, files, flags, peers, ranks, timing
+from lab import checkpoint, cli, cpu, fast, files, flags, peers, random_weights, ranks, timing
 from lab.linear import bytes_read
 from lab.timing import Clock
 from model import Prompt, Request, Tokenizer, Transformer, UserError, check_prompt, decode
@@ -217,7 +217,8 @@ def bench_decoding(args: argparse.Namespace) -> tuple[list[str], dict]:
 def read_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = flags.new_parser("lab.bench", __doc__.splitlines()[0])
     add, switch = parser.add_argument, {"action": "store_true"}
-    add("--model", help="alias, Hugging Face id, or folder")
+    drawn = " and ".join(random_weights.LARGE) + " are random weights in Qwen2.5's shapes"
+    add("--model", help=f"alias, Hugging Face id, or folder; {drawn}, kept in the temporary folder")
     add("--assistant", help="a SoftCoT training step with this assistant, too")
     add("--gp", **switch, help="the Gaussian process instead of a model: time")
     add("--regret", **switch, help="the Gaussian process instead of a model: how well it searches")
@@ -246,7 +247,7 @@ def command(arguments: list[str]) -> int:
         flags.check_given(args)
         of_gp = args.gp or args.regret or args.search
         if args.report:
-            bench_report.measure(args, command)
+            bench_report.measure(args)
             return
         if not of_gp and not args.model:
             there = "--model NAME, --gp, --regret, --search, or --report FILE"
@@ -261,7 +262,10 @@ def command(arguments: list[str]) -> int:
         there = ["botorch"] if of_gp else list(peers.PEERS)
         if wrong := [name for name in args.against if name not in there]:
             raise UserError(f"--against: no peer {wrong[0]!r} here; there is {', '.join(there)}")
-        numbers = {}
+        given, numbers = dict(vars(args)), {}
+        for name in ("model", "assistant"):
+            if given[name] in random_weights.SHAPES:
+                setattr(args, name, str(random_weights.write(given[name])))
         if args.gp:
             lines = bench_search.measure_gp(args.against, args.repeats)
         elif args.regret:
@@ -272,7 +276,6 @@ def command(arguments: list[str]) -> int:
             with ranks.joined(args):
                 lines, numbers = bench_decoding(args)
             lines += ["", *bench_training.measure(softcot, args)] if args.assistant else []
-        given = {name: value for name, value in vars(args).items() if name != "place"}
         result = {"arguments": given} | numbers | {"text": lines}
         files.publish("\n".join(lines), result, args.json)
 

@@ -23,8 +23,8 @@ QWEN2 = {
     "rms_norm_eps": 1e-6,
     "torch_dtype": "bfloat16",
 }
-LARGE = {  # Qwen2.5-7B and Qwen2.5-0.5B
-    "7b": {
+LARGE = {  # Qwen2.5-7B's and Qwen2.5-0.5B's
+    "random-7b": {
         "hidden_size": 3584,
         "intermediate_size": 18944,
         "num_hidden_layers": 28,
@@ -33,7 +33,7 @@ LARGE = {  # Qwen2.5-7B and Qwen2.5-0.5B
         "vocab_size": 152064,
         "tie_word_embeddings": False,
     },
-    "0.5b": {
+    "random-0.5b": {
         "hidden_size": 896,
         "intermediate_size": 4864,
         "num_hidden_layers": 24,
@@ -44,20 +44,20 @@ LARGE = {  # Qwen2.5-7B and Qwen2.5-0.5B
     },
 }
 TINY = {"num_hidden_layers": 2, "hidden_size": 56, "intermediate_size": 96, "vocab_size": 2048}
-SMALL = {name: shape | TINY for name, shape in LARGE.items()}
+SHAPES = LARGE | {f"{name}-tiny": shape | TINY for name, shape in LARGE.items()}
 
 
-def folder_of(name: str, large: bool) -> Path:
-    return Path(tempfile.gettempdir()) / f"lab-bench-{'large' if large else 'small'}-{name}"
+def folder_of(name: str) -> Path:
+    return Path(tempfile.gettempdir()) / f"lab-bench-{name}"
 
 
-def write(name: str, large: bool) -> Path:
-    """The folder of such a model, in bfloat16, with the bundled model's tokenizer.
+def write(name: str) -> Path:
+    """The folder of one of SHAPES, in bfloat16, with the bundled model's tokenizer.
 
     The index comes last: with it the folder is whole, and a later call writes nothing. Raises
     UserError where the weights do not fit on the disk.
     """
-    folder, config = folder_of(name, large), QWEN2 | (LARGE if large else SMALL)[name]
+    folder, config = folder_of(name), QWEN2 | SHAPES[name]
     index = folder / "model.safetensors.index.json"
     if index.exists() and json.loads((folder / "config.json").read_text()) == config:
         return folder
