@@ -73,9 +73,9 @@ class GP:
         """GP(x, y, lengthscale, 1.0, noise) of the largest marginal likelihood times prior (grid).
 
         spread: standard deviation of a coordinate in the region to search: 1 for N(0, I), 1 /
-        sqrt(12) for [0, 1]^d. Half the distance sqrt(2 d) spread of two of its points is where the
-        log lengthscale's prior, normal with std 0.5, is centred: it is tight because a few points
-        in many dimensions say little of the lengthscale. Raises ValueError.
+        sqrt(12) for [0, 1]^d. The lengthscale's prior is log-normal: its median is half the
+        distance of two random points, sqrt(2 d) spread / 2; the log's std is 0.5, since a few
+        points say little. (Hvarfner et al. 2024: 20 times that median, std sqrt(3).) ValueError.
         """
         x = _read("x", x, None, None)
         y = _read("y", y, len(x))
@@ -85,7 +85,8 @@ class GP:
         L = _cholesky(_matern(x, x, lengthscale[:, None, None, None]), noise)  # [20, 5, n, n]
         log_prior = -((lengthscale / centre).log() / 0.5).square()[:, None] / 2  # [20, 1]
         best = int((_log_likelihood(L, _standardise(y)[0]) + log_prior).argmax())
-        return cls(x, y, lengthscale[best // 5], 1.0, noise[best % 5])
+        i, j = divmod(best, len(noise))
+        return cls(x, y, lengthscale[i], 1.0, noise[j])
 
     def add(self, x: Tensor, y: Tensor) -> "GP":
         """A GP that also knows x [k, d], y [k], in O(n^2 k) by extending L. Raises ValueError."""

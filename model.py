@@ -71,7 +71,7 @@ def rope_frequencies(config: Config) -> tuple[Tensor, float]:
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
         keep = ((turns - low) / (high - low)).clamp(0, 1)
         return keep * freq + (1 - keep) * freq / s, 1.0
-    # The pairs that make so many turns over the old context; h - 1 as in YaRN's code.
+    # The ramp lies between the pairs that turn so often in the old context; h - 1: YaRN's code.
     turns = rope.get("beta_fast") or 32, rope.get("beta_slow") or 1
     first, last = (h * math.log(original / (n * 2 * math.pi)) / (2 * math.log(base)) for n in turns)
     first, last = max(math.floor(first), 0), min(math.ceil(last), h - 1)
@@ -142,7 +142,7 @@ class Transformer(nn.Module):
     """Embeddings in, hidden states out; differentiable. Modules are named as in checkpoints."""
 
     # Set by lab/fast.py, which may replace `step` too:
-    planner: Callable | None = None  # how many rows fit in memory
+    planner: Callable | None = None  # refuses rows that do not fit in memory
     recorder: Callable | None = None  # a step that is recorded once and replayed
     agree: Callable | None = None  # one process decides a step for all
     attention: Callable | None = None  # a kernel, in place of masked_attention
@@ -199,7 +199,7 @@ class Transformer(nn.Module):
         return hidden, self.logits(hidden)
 
     def plan(self, rows: int, prompt: int, new: int) -> int:
-        """How many of the rows to decode side by side, with so many positions each at most."""
+        """The rows; UserError of the planner where so many positions in each do not fit."""
         return self.planner(self, rows, prompt, new) if self.planner else rows
 
 
@@ -281,7 +281,7 @@ class KVCache:
 class Prompt:
     """Embeddings that requests begin with. All but the last are prefilled, once for all of them."""
 
-    FIRST, CHUNK = 4096, 512  # positions at once: where it begins, without a mask; then with one
+    FIRST, CHUNK = 4096, 512  # positions of the first pass, which needs no mask, and of later ones
     embeds: Tensor  # [T, d], T >= 1
     like: "Prompt | None" = None  # a prefilled one: what both begin with is taken from it
     cache: KVCache | None = None  # their keys and values, one row
@@ -355,8 +355,9 @@ def decode(
     end-of-sequence ids; embeds its content, fed next; the first `keep` notes [rows, ...] are kept
     for every step. A method that needs the host in its steps says so by method.host = True.
 
-    A free slot takes the next request at once; None: there is none before the next step. A request
-    yields the same bits in any slot, beside any others. watch(token, *notes) sees slot 0's steps.
+    A free slot takes the next request at once; None: there is none before the next step. Neither
+    slot nor neighbours change a bit of what a request yields, if products give equal rows equal
+    bits (README, Limits). watch(token, *notes) sees slot 0's steps.
     """
     c, device, N = model.config, model.device, min(max_new_tokens, model.config.context)
     cache, every = KVCache(model, rows, 256), torch.arange(rows, device=device)
@@ -395,7 +396,7 @@ def decode(
     lengths, started = [0] * rows, [0.0] * rows
     waiting, coming = iter(requests), None
     while True:
-        budget = Prompt.CHUNK  # prompt positions, or one longer pass, before the next step
+        budget = Prompt.CHUNK  # prompt positions before the next step; one pass may be longer
         while None in slots and (budget > 0 or not any(slots)):
             coming = coming or next(waiting, None)
             if coming is None:
@@ -422,7 +423,7 @@ def decode(
         if watch and int(at.t[0]) > seen:
             watch(tokens[0, seen], *(buffer[0, seen] for buffer in kept))
         for row, request in enumerate(slots):
-            # What is noticed late is not yet of this request in its first steps.
+            # `alive` is `late` steps old: in a request's first steps it tells of the one before.
             if request and not alive[row] and lengths[row] >= len(request.prompt.embeds) + late:
                 t, elapsed = int(at.t[row]), time.perf_counter() - started[row]
                 notes, finite = [x[row, :t].clone() for x in kept], bool(limit[row] >= 0)
@@ -436,7 +437,7 @@ def draw(probs: Tensor, u: Tensor, ids: Tensor | None = None) -> Tensor:
     u [B] is uniform on [0, 1): the distribution function of each row is inverted.
     """
     mass = probs.cumsum(-1)
-    index = (mass < u[:, None] * mass[:, -1:]).sum(-1)
+    index = (mass <= u[:, None] * mass[:, -1:]).sum(-1)
     return index if ids is None else ids.gather(-1, index[:, None])[:, 0]
 
 
@@ -470,7 +471,7 @@ def check_ranges(settings: Any, positive: str, **least: float) -> None:
 
 
 def text_seed(text: str) -> int:
-    """A number that belongs to a text: what is drawn for a question depends on nothing else."""
+    """A number made of a text: a question's draws depend on it, and not on its place in a list."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
 
 
@@ -692,7 +693,7 @@ def weight_paths(folder: Path) -> list[Path]:
 
 
 def tensor_files(folder: Path, model: Transformer) -> dict[str, Path]:
-    """The file of each tensor. UserError where they are not just the model's, in its shapes."""
+    """The file of each tensor. UserError unless they are exactly the model's, in its shapes."""
     shapes = {hf_name(name): list(p.shape) for name, p in model.named_parameters()}
     files = {}
     for path in weight_paths(folder):

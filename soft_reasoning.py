@@ -9,8 +9,8 @@ token's embedding, and the search looks for the embedding whose answer is best:
     y(x)                   the greedy continuation of prompt and x
     f(x) = r_verifier + r_coherence
 
-`generate_one` and `search` are the paper; `reason` runs many in one batch. Two faults of the
-official code are fixed: lengthscale 1 in 50 dimensions (a random search), and a wrong sign in EI.
+`generate_one` and `search` are the paper, `reason` runs many in one batch. The official code feeds
+u A alone, A of N(0, 1); not kept: its lengthscale 1 (a random search), EI's sign, variance for std.
 """
 
 import math
@@ -43,10 +43,10 @@ class Settings:
     acquisition: Literal["ei", "ucb", "pi", "random"] = "ei"  # how later points are chosen
     kappa: float = 2.0  # of ucb: standard deviations that are added to the mean
     reward: Literal["verifier", "coherence", "both"] = "both"  # what is maximised
-    coherence: Literal["prob", "mean", "sum"] = "prob"  # mean p; mean or sum (paper) of log p
+    coherence: Literal["prob", "mean", "sum"] = "prob"  # mean p (code); mean, sum (paper) of log p
     select: Literal["best", "vote"] = "best"  # best point's answer (paper), or majority (code)
-    stop_on: Literal["ei", "gain"] = "ei"  # what ends the search: the best EI, or a round's gain
-    stop_threshold: float = 0.01  # being below this
+    stop_on: Literal["ei", "gain"] = "ei"  # ends the search: the best EI, or a round's gain (code)
+    stop_threshold: float = 0.01  # below this; EI only once the verifier has agreed with a point
     max_new_tokens: int = 4096  # of each generation; the context window ends it too
 
     def __post_init__(self):
@@ -229,9 +229,9 @@ def chosen(question: Question, points: list[dict], verdicts: list[dict], select:
     """The text of the best point that gives an answer, or of the best with the majority's."""
     given = [point for point in points if point["answer"] is not None] or points
     answers = [said["answer"] for said in points + verdicts]
-    i = question.vote(answers, question.same)
-    if select == "vote" and i is not None:
-        given = [x for x in given + verdicts if question.same(x["answer"], answers[i])] or given
+    i = question.vote(answers, question.same) if select == "vote" else None
+    if i is not None:
+        given = [v for v in given + verdicts if question.same(v["answer"], answers[i])] or given
     return max(given, key=lambda said: said.get("reward", -math.inf))["text"]
 
 
@@ -277,7 +277,7 @@ def reason(
 ) -> Iterator[tuple[int, dict]]:
     """Many searches in one batch; yields (index, `search`'s record with seconds) as each finishes.
 
-    batch_size: sequences decoded side by side, unused ones too. order: which (default: all).
+    batch_size: rows decoded side by side, in use or not. order: which questions (default: all).
     """
     if settings.dimension > model.config.d:
         larger = f"{settings.dimension} is larger than the embedding's {model.config.d}"
@@ -300,7 +300,7 @@ def run(
 ) -> Iterator[tuple[int, dict]]:
     """Run a search for each question, with a method for decode that is made for model and rows.
 
-    While one waits for outcomes, others use its rows. longest: of a prompt beyond the question's.
+    While one waits for outcomes, others use its rows. longest: tokens of a prompt after q.text's.
     """
     lengths = [len(encoded(model, tokenizer, q.text).embeds) for q in questions]
     rows = model.plan(batch_size, max(lengths, default=1) + longest, s.max_new_tokens)

@@ -206,14 +206,14 @@ THINKING, CLOSING, FORCED, ANSWERING, ENDED = range(5)  # phases of a step
 class SoftThinking:
     """`think_one` for every row, `where` for `if`; and the discrete baselines.
 
-    Notes: phase, entropy [rows]; what is fed, but for the answer: ids, ct [rows, n].
+    Notes: phase, entropy [rows]; ids, ct [rows, n]: what soft feeds, and others choose from.
     """
 
     def __init__(
-        self, model: Transformer, tokenizer: Tokenizer, s: Settings, rows: int, trace: bool = False
+        self, model: Transformer, tokenizer: Tokenizer, s: Settings, rows: int, noted: bool = False
     ):
         self.E, self.s, self.host = model.embed.weight, s, s.noise == "dirichlet"
-        self.distribution = s.method != "greedy" or s.cold_stop or trace
+        self.distribution = s.method != "greedy" or s.cold_stop or noted
         V, device, N = len(self.E), model.device, min(s.max_new_tokens, model.config.context)
         self.automaton = tokenizer.automaton(END, V).to(device)
         self.marker = torch.tensor(tokenizer.encode(END), device=device)
@@ -311,8 +311,8 @@ def think(
             yield Request(prompt, (seed, text_seed(last), samples[i]), i)
 
     rows = model.plan(batch_size, max([0, *map(len, tokens.values())]), settings.max_new_tokens)
-    method = SoftThinking(model, tokenizer, settings, rows, trace)
     keep = 4 if trace or watch else 1
+    method = SoftThinking(model, tokenizer, settings, rows, keep > 1)
     for output in decode(model, requests(), method, rows, settings.max_new_tokens, keep, watch):
         i = output.request.data
         about = {"question": questions[i], "prompt": prompts[questions[i]], "seed": seed}

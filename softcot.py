@@ -5,8 +5,8 @@
     python softcot.py eval --projection out/projection.safetensors    # --model and so on as above
 
 Read `soft_thoughts`, `think_one`, `input_one` and `loss_one`: that is the paper. Both models are
-frozen; W and b are trained in float32 as the official code's Trainer does: AdamW without decay, the
-gradient clipped to norm 1. That code trains 32 thoughts and evaluates 4 (`eval --thoughts 4`).
+frozen. AdamW without decay, gradients clipped to norm 1 and a linear fall are the official code's;
+its W and b are bfloat16, ours float32. It trains 32 thoughts and evaluates 4 (`eval --thoughts 4`).
 """
 
 from collections.abc import Callable, Iterator
@@ -316,7 +316,7 @@ def answer(
     """
     if type(questions) is str:
         raise ValueError("questions must be a list, not a text")
-    sequences = {q: sequence(tokenizer, ask(q), s.thoughts, []) for q in dict.fromkeys(questions)}
+    sequences = {x: sequence(tokenizer, ask(x), s.thoughts, []) for x in dict.fromkeys(questions)}
     for question, q in sequences.items():
         check_prompt(model.config, q.ids, question)
     every = [(index, k) for index in range(len(questions)) for k in range(s.seeds)]

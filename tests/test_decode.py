@@ -276,6 +276,9 @@ def test_drawing_by_hand():
         assert draw(7 * probs, torch.tensor([u])).tolist() == [index]  # of any positive sum
     rows = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
     assert draw(rows, torch.tensor([0.9, 0.1, 0.6])).tolist() == [0, 1, 1]
+    # Nothing of probability 0 is drawn: not by the smallest u, and not by the largest below 1.
+    rare = torch.tensor([[0.0, 0.7, 0.3, 0.0]]).expand(2, -1)
+    assert draw(rare, torch.tensor([0.0, 1 - 2**-24])).tolist() == [1, 2]
     ids = torch.tensor([[9, 8], [7, 6], [5, 4]])
     assert draw(rows, torch.tensor([0.9, 0.1, 0.6]), ids).tolist() == [9, 6, 4]
     generator = torch.Generator().manual_seed(0)

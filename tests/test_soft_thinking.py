@@ -757,6 +757,16 @@ def test_steps_can_be_recorded_replayed_and_stopped_late(options, golden, monkey
     assert len(seen["at once"]) >= sum(map(len, shown))
 
 
+def test_who_watches_sees_the_entropies_that_a_trace_has(golden):
+    model, tokenizer = golden("qwen3")
+    settings, seen = Settings(method="greedy", max_new_tokens=9), []
+    watch = lambda token, phase, entropy, ids, probs: seen.append(float(entropy))
+    list(think(model, tokenizer, ["a"], settings, watch=watch))
+    ((_, record),) = think(model, tokenizer, ["a"], settings, trace=True)
+    traced = [step["entropy"] for step in record["steps"]]
+    assert traced and seen[: len(traced)] == traced
+
+
 def test_soft_with_one_component_is_greedy_thinking(folder_of):
     model, tokenizer = load(str(folder_of("qwen3")), "cpu", "float32")
     ((_, soft),) = think(model, tokenizer, ["a"], Settings(max_topk=1, max_new_tokens=20))
