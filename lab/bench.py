@@ -222,7 +222,7 @@ def read_arguments(arguments: list[str]) -> argparse.Namespace:
     add("--assistant", help="a SoftCoT training step with this assistant, too")
     add("--gp", **switch, help="the Gaussian process instead of a model: time")
     add("--regret", **switch, help="the Gaussian process instead of a model: how well it searches")
-    add("--report", metavar="FILE", help="a report of everything, of random weights: goes on there")
+    add("--report", metavar="FILE", help="a report, of random weights, of what a GPU decides")
     add("--search", **switch, help="Soft Reasoning's search: how often it finds what is rare")
     which = "transformers, llama.cpp; with --gp, --regret and --search botorch"
     add("--against", default="", help=f"peers, with commas, where they are installed: {which}")

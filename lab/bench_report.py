@@ -1,4 +1,4 @@
-"""One report of everything: the tests that use a GPU, then the benches, by importance.
+"""One report of what a GPU decides: the tests that use one, then the benches, by importance.
 
     python -m lab.bench --device cuda --report report.jsonl      # report.md is written beside it
 

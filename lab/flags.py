@@ -84,7 +84,7 @@ FLAGS = {  # those that are no settings of a method
     },
     "quantize": {
         "choices": ["int8"],
-        "help": "keep the weights in 8 bits: half of bfloat16's memory",
+        "help": "keep the matrices, but not the embeddings, in 8 bits",
     },
     "compile": {
         "action": "store_true",
@@ -94,7 +94,7 @@ FLAGS = {  # those that are no settings of a method
         "metavar": "FILE",
         "help": "append one JSON line per record; started again, it goes on",
     },
-    "trace": {"action": "store_true", "help": "with --output: every concept token too"},
+    "trace": {"action": "store_true", "help": "with --output or --html: every concept token too"},
     "html": {"metavar": "PAGE", "help": "also one page to look at, see lab/report.py"},
     "json": {"metavar": "FILE", "help": "with --task: the table as JSON"},
     "analyse": {"action": "store_true", "help": "the paper's mechanism study, on the question"},

@@ -1,6 +1,6 @@
 """`--protocol paper`: a run as it was published, as far as public material tells.
 
-    python soft_reasoning.py --task gsm8k --protocol paper --shots 8 --model llama3.1-8b
+    python soft_reasoning.py --task gsm8k --protocol paper --shots 8 --model llama-3.1-8b
 
 The switch stands for the settings below; a flag of the command line still overrides its own. They
 are printed and recorded. Soft Reasoning's prompts and worked examples are files of its repository,

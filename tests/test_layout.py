@@ -1,4 +1,4 @@
-"""The house (DESIGN, section 1): who imports whom, what stands alone, and how long files are."""
+"""The house: who imports whom, what stands alone, and how long files are."""
 
 import ast
 import json

@@ -1,7 +1,7 @@
 """lab/tasks.py and lab/sources.py: every count and file that they promise, and every mistake.
 
-TASK_DATA=folder names copies of the benchmark files (as in sources.json); without it the counts are
-skipped.
+TASK_DATA=folder names copies of the benchmark files (named as in lab/sources.py); without it the
+counts are skipped.
 """
 
 import gzip
