@@ -83,7 +83,7 @@ class Sequence:
         return self.left + [self.unk] * self.n + self.right + self.labels
 
     @property
-    def prompt(self) -> int:  # its length, and the first label's position
+    def start(self) -> int:  # of the labels: the length of the prompt
         return len(self.left) + self.n + len(self.right)
 
 
@@ -128,7 +128,7 @@ def input_one(model: Transformer, s: Sequence, T: Tensor | None = None) -> Tenso
 def loss_one(model: Transformer, s: Sequence, T: Tensor | None = None) -> Tensor:
     """-sum_i log p(y_i | input, y_<i) / |y|: float32 scalar."""
     log_p = model.logits(model(input_one(model, s, T)[None])[0]).log_softmax(-1)  # [len(s.ids), V]
-    first = s.prompt - 1  # position t predicts token t + 1, the prompt's last one the first label
+    first = s.start - 1  # position t predicts token t + 1, the prompt's last one the first label
     return -sum(log_p[first + i, y] for i, y in enumerate(s.labels)) / len(s.labels)
 
 
@@ -179,7 +179,7 @@ def negative_log_likelihood(
     L = 0 if T is None else min(len(s.left) for s in batch)
     hidden = forward(model, input_embeddings(model, batch, T), L)  # [B, len - L, d]
     # Position t predicts token t + 1, so the prompt's last position predicts the first label.
-    at = [(b, s.prompt - 1 - L + i, y) for b, s in enumerate(batch) for i, y in enumerate(s.labels)]
+    at = [(b, s.start - 1 - L + i, y) for b, s in enumerate(batch) for i, y in enumerate(s.labels)]
     rows, places, labels = torch.tensor(at, device=hidden.device).T
     return F.cross_entropy(model.logits(hidden[rows, places]), labels, reduction="sum")
 

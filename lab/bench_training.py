@@ -49,7 +49,7 @@ def measure(softcot: ModuleType, args: argparse.Namespace) -> list[str]:
     losses = {"ours": our_loss}
     if "transformers" in args.against:
         folders = [checkpoint.find_folder(name) for name in (args.model, args.assistant)]
-        plain = [(s.ids[: s.prompt], s.labels, len(s.left)) for s in sequences]
+        plain = [(s.ids[: s.start], s.labels, len(s.left)) for s in sequences]
         make = peers.transformers_thoughts
         if loss := peers.made("transformers", make, folders, model, plain, asked, thoughts, n):
             losses["transformers"] = loss

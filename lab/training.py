@@ -226,7 +226,7 @@ class Trainer:
     def answered_right(self, asked: range) -> Iterator[bool]:
         """Greedy answers to these problems: whether they are right."""
         method, model = self.method, self.model
-        longest = max((self.sequences[i].prompt for i in asked), default=1)
+        longest = max((self.sequences[i].start for i in asked), default=1)
         rows, new = max(1, min(16, len(asked))), self.s.max_new_tokens
         try:
             model.plan(rows, longest, new)

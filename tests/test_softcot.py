@@ -150,9 +150,9 @@ def test_labels_start_right_after_the_prompt(folder_of):
     labels = tokenizer.encode("6</think>7") + [257]
     s = sequence(tokenizer, "Why?", 4, labels)
     without = tokenizer.encode(prompt_texts(tokenizer, "Why?", 0)[0])
-    assert s.ids[s.prompt :] == labels
-    assert s.prompt == len(without) + 1 + 4  # a line break
-    assert s.ids[: s.prompt] == s.left + [s.unk] * 4 + s.right
+    assert s.ids[s.start :] == labels
+    assert s.start == len(without) + 1 + 4  # a line break
+    assert s.ids[: s.start] == s.left + [s.unk] * 4 + s.right
 
 
 def test_targets_follow_the_prompt_s_form(folder_of):
