@@ -4,9 +4,8 @@
     hidden = model(model.embed(torch.tensor([[1, 2, 3]])))    # [1, 3] -> [1, 3, d] -> [1, 3, d]
     logits = model.logits(hidden[:, -1])                      # [1, d] -> float32 [1, V]
 
-In this order: Config, Transformer, KVCache, decode, Tokenizer, load. Shapes: B rows, T positions,
-d model width, H query heads, K key-value heads, h head width, V vocabulary, S positions that
-attention reads. Architectures: Llama 2 to 3.3, Qwen2 to Qwen3 (dense), Mistral, SmolLM2.
+In this order: Config, Transformer, KVCache, decode, Tokenizer, load. B rows, T positions, d model
+width, H query and K key-value heads, h head width, V vocabulary, S positions that attention reads.
 """
 
 import hashlib
@@ -173,7 +172,7 @@ class Transformer(nn.Module):
     def forward(self, embeds: Tensor, cache: "KVCache | None" = None) -> Tensor:
         """Hidden states after the final norm: [B, T, d] -> [B, T, d]; causal, padding on the right.
 
-        With a cache of B rows, with room for T more positions, each goes on from where it stands.
+        With a cache of B rows, reserved for T more positions, each goes on from where it stands.
         """
         T = embeds.shape[1]
         positions = cache.advance(T) if cache else torch.arange(T, device=embeds.device)[None]
@@ -216,8 +215,8 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, mask: T
 class KVCache:
     """Keys and values of `rows` sequences, each at its own length: [rows, K, capacity, h] a layer.
 
-    Attention reads the first S positions, the longest length in use rounded up: shapes stay few,
-    bits are the same beside others. empty: no row has begun. live [rows]: steps may skip others.
+    Before a pass, reserve(the longest length after it): attention reads the first S positions, that
+    rounded up. So shapes are few. empty: no row has begun. live [rows]: steps may skip others.
     """
 
     def __init__(self, model: Transformer, rows: int, capacity: int):
@@ -230,6 +229,7 @@ class KVCache:
         self.keys, self.values = ([weight.new_zeros(shape) for _ in model.layers] for _ in range(2))
         self.S, self.empty, self.mask, self.positions = 0, True, None, None
         self.attention, self.most = model.attention or masked_attention, 0
+        self.checked = weight.device.type == "cpu" and not model.recorder  # else it would wait
 
     @staticmethod
     def rounded(longest: int, device: torch.device) -> int:
@@ -262,6 +262,8 @@ class KVCache:
         steps = torch.arange(self.S, device=self.lengths.device)
         self.positions, self.mask = self.lengths[:, None] + steps[:T], None
         self.lengths += T
+        if self.checked and self.lengths.max() > self.S:
+            raise ValueError("no room: reserve(longest length after the pass) before it")
         if T == 1 or not self.empty:  # a first pass is causal without a mask
             later = steps > self.positions.repeat(1, self.G)[:, None, :, None]  # [rows, 1, G T, S]
             self.mask = self.keys[0].new_zeros(later.shape).masked_fill_(later, -math.inf)
@@ -319,9 +321,9 @@ class Request:  # one sequence for decode
 
 @dataclass(eq=False)
 class Output:  # what came of a request
-    request: Request
+    request: Request  # with its prompt's keys and values: keep an Output no longer than needed
     ids: list[int]  # tokens, the end-of-sequence token included
-    notes: list[Tensor]  # of the method, each [len(ids), ...]
+    notes: list[Tensor]  # of the method, each [len(ids), ...]; for autograd, clone() them
     seconds: float  # since its prompt was ready
     finite: bool  # False: its last step's logits were not, and ended it
 
@@ -351,20 +353,19 @@ def decode(
         method.begin(row, request)    a request has taken this row
         method.step(logits, at) -> token [rows], embeds [rows, d], *notes
 
-    logits are float32 [rows, V]; token is the step's name, recorded and compared with the
-    end-of-sequence ids; embeds its content, fed next; the first `keep` notes [rows, ...] are kept
-    for every step. A method that needs the host in its steps says so by method.host = True.
+    logits are float32 [rows, V], of unused rows too; token, a LongTensor, is the step's name: it is
+    recorded, and an end-of-sequence id ends its row; embeds its content, fed next; the first `keep`
+    notes [rows, ...] are kept. A method that needs the host in its steps has method.host = True.
 
-    A free slot takes the next request at once; None: there is none before the next step. Neither
-    slot nor neighbours change a bit of what a request yields, if products give equal rows equal
-    bits (README, Limits). watch(token, *notes) sees slot 0's steps.
+    A free slot takes the next request at once; None: there is none before the next step, or, if no
+    slot is in use, the end. Neither slot nor neighbours change a bit of what a request yields where
+    products give equal rows equal bits (README, Limits). watch(token, *kept notes): slot 0's steps.
     """
     c, device, N = model.config, model.device, min(max_new_tokens, model.config.context)
     cache, every = KVCache(model, rows, 256), torch.arange(rows, device=device)
     embeds = model.embed.weight.new_zeros(rows, c.d)  # what each row is fed next
     at = At(t=torch.zeros_like(every), live=torch.zeros_like(every, dtype=torch.bool))
-    cache.live = at.live
-    eos = torch.tensor(c.eos_ids, device=device)
+    cache.live, eos = at.live, torch.tensor(c.eos_ids, device=device)
     # Per step; the last place is for rows that have ended.
     u = torch.zeros(rows, N + 1, device=device)
     tokens, limit = every.new_zeros(rows, N + 1), every.new_zeros(rows)
@@ -392,8 +393,7 @@ def decode(
     recorded = model.recorder and not getattr(method, "host", False)
     replay = model.recorder(model, step, cache, at.live) if recorded else None
     late = replay.late if replay else 0  # steps after which the end of a sequence is noticed
-    slots: list[Request | None] = [None] * rows
-    lengths, started = [0] * rows, [0.0] * rows
+    slots, lengths, started = [None] * rows, [0] * rows, [0.0] * rows
     waiting, coming = iter(requests), None
     while True:
         budget = Prompt.CHUNK  # prompt positions before the next step; one pass may be longer
@@ -410,7 +410,7 @@ def decode(
             coming.rng = np.random.default_rng(coming.seeds)
             u[row] = torch.from_numpy(coming.rng.random(N + 1, dtype=np.float32))
             embeds[row], at.live[row], at.t[row] = coming.prompt.embeds[-1], True, 0
-            limit[row] = min(N, c.context - len(coming.prompt.embeds))
+            limit[row] = max(0, min(N, c.context - len(coming.prompt.embeds)))
             slots[row], lengths[row], started[row] = coming, T, time.perf_counter()
             method.begin(row, coming)
             coming = None
@@ -421,7 +421,7 @@ def decode(
         seen = int(at.t[0]) if watch else 0
         alive = replay() if replay else step().tolist()
         if watch and int(at.t[0]) > seen:
-            watch(tokens[0, seen], *(buffer[0, seen] for buffer in kept))
+            watch(*(buffer[0, seen].clone() for buffer in (tokens, *kept)))
         for row, request in enumerate(slots):
             # `alive` is `late` steps old: in a request's first steps it tells of the one before.
             if request and not alive[row] and lengths[row] >= len(request.prompt.embeds) + late:
@@ -587,7 +587,7 @@ WANTED = {"allow_patterns": FILES, "ignore_patterns": ["*/*", "consolidated*"]} 
 def load(
     name: str, device: str | None = None, dtype: Any = None, convert: Callable | None = None
 ) -> tuple[Transformer, Tokenizer]:
-    """A model and its tokenizer by alias, Hugging Face id, or local folder.
+    """A model, its weights frozen, and its tokenizer by alias, Hugging Face id, or local folder.
 
     device: by default CUDA where there is one. dtype: torch's or its name; by default bfloat16 on
     CUDA and on processors that multiply it natively, else float32. convert(block) is called as each
@@ -633,7 +633,7 @@ def choose(device: str | None, dtype: torch.dtype | str | None) -> tuple[torch.d
 def read_config(folder: Path) -> Config:
     """config.json, and the end-of-sequence ids of generation_config.json too."""
     files, eos_ids = [folder / "config.json", folder / "generation_config.json"], set()
-    sources = [json.loads(f.read_text(encoding="utf-8")) for f in files if f.exists()]
+    sources = [json.loads(f.read_bytes()) for f in files if f == files[0] or f.exists()]
     for ids in (source.get("eos_token_id") for source in sources):
         eos_ids |= {i for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int)}
     return config_from_json(sources[0], tuple(sorted(eos_ids)))

@@ -288,7 +288,7 @@ def think(
     """Answer questions; yields (index, record) as each ends.
 
     samples[i] numbers questions[i]'s sample (default 0); batch_size sequences are decoded
-    side by side, and change no bit of each other's records. order: which i (None: all).
+    side by side, independently of each other (README, Limits). order: which i (None: all).
     trace adds the steps; watch(token, *notes) sees row 0's. UserError: too long.
     """
     if type(questions) is str:

@@ -61,7 +61,7 @@ def assistant_ids(tokenizer: Tokenizer, question: str, n: int) -> list[int]:
 
 
 def target_text(tokenizer: Tokenizer, answer: str, steps: list[str], boxed: bool = False) -> str:
-    """y without its end-of-sequence token: steps and answer, in the form the prompt asks for."""
+    """y without its end (in training eos_token's id): steps and answer, as the prompt asks for."""
     said = f"The answer is \\boxed{{{answer}}}." if boxed else f"The answer is {answer}."
     if tokenizer.core.token_to_id("</think>") is not None:
         return f"{' '.join(steps)}</think>{said}"
@@ -239,14 +239,13 @@ def train(
     step: updates so far; loss: the mean per label; norm: its gradient's. Who iterates may log, save
     or stop, and go on later. loss(indices) sums over labels, as `negative_log_likelihood` does.
     """
-    optimizer = optimizer or torch.optim.AdamW(trained.values(), weight_decay=0.0)
-    lengths, steps = [len(q.ids) for q in sequences], []
-    per_epoch = len(order(lengths, 0, s))
-    total = s.epochs * per_epoch
+    weights = [x.requires_grad_() for x in trained.values()]
+    optimizer = optimizer or torch.optim.AdamW(weights, weight_decay=0.0)
+    lengths = [len(q.ids) for q in sequences]
+    steps = [indices for epoch in range(s.epochs) for indices in order(lengths, epoch, s)]
+    total = len(steps)
     for done in range(step, total):
-        epoch, place = divmod(done, per_epoch)
-        steps = order(lengths, epoch, s) if not steps or place == 0 else steps
-        indices, mean = steps[place], 0.0
+        indices, mean = steps[done], 0.0
         # A step's own seed, for LoRA's dropout: going on needs no state but the step's number.
         torch.manual_seed(int(np.random.default_rng((s.seed, done)).integers(2**63)))
         labels = sum(len(sequences[i].labels) for i in indices)
@@ -255,7 +254,7 @@ def train(
             part = loss(indices[i : i + s.batch_size]) / labels
             part.backward()
             mean += part.item()
-        norm = nn.utils.clip_grad_norm_(trained.values(), 1.0).item()
+        norm = nn.utils.clip_grad_norm_(weights, 1.0).item()
         rate = (done + 1) / s.warmup if done < s.warmup else (total - done) / (total - s.warmup)
         optimizer.param_groups[0]["lr"] = s.lr * rate
         yield done, mean, norm, indices

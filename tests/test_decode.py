@@ -246,6 +246,10 @@ def test_a_sequence_ends_by_a_token_or_the_limit_or_the_context(folder_of):
     assert tokens(3, 5) == whole[:5] and len(tokens(0, 1000)) == 61
     model.config = dataclasses.replace(model.config, eos_ids=(whole[4], 271))
     assert tokens(3, 64) == whole[: whole.index(whole[4]) + 1]  # the end is one of its tokens
+    for length in 64, 65, 70:  # nothing is left of the context; the logits are finite nevertheless
+        prompt = Prompt(torch.randn(length, 32))
+        (output,) = decode(model, [Request(prompt)], Seen(model), 1, 9)
+        assert len(output.ids) == 1 and output.finite
 
 
 def test_whoever_watches_sees_each_step_of_the_first_row(folder_of, monkeypatch):
@@ -255,18 +259,32 @@ def test_whoever_watches_sees_each_step_of_the_first_row(folder_of, monkeypatch)
 
     def watch(token, logits):
         assert logits.shape == (272,)
-        seen.append(int(token))
+        seen.append(token)  # its own: slot 0's next request does not change it
 
     first = Greedy(model, 3)
     outputs = list(decode(model, requests, first, 3, 64, 1, watch))
     in_row = [name for row, name in first.began if row == 0]
     ids = {output.request.data[0]: output.ids for output in outputs}
-    assert seen == [token for name in in_row for token in ids[name]]
+    assert [int(token) for token in seen] == [token for name in in_row for token in ids[name]]
     one, seen[:] = list(seen), []
     record_steps(monkeypatch)  # ends are noticed late: nothing is shown twice
     requests = [Request(Prompt(embeds[i]), data=(i, LIMITS[i])) for i in in_row]
     list(decode(model, requests, Greedy(model, 1), 1, 64, 1, watch))
     assert seen == one
+
+
+def test_a_cache_that_was_not_reserved_far_enough_is_refused(folder_of):
+    model, _ = load(str(folder_of("llama3")), "cpu", "float32")
+    model.config = dataclasses.replace(model.config, context=200)
+    embeds = model.embed(torch.arange(90))
+    with torch.inference_mode():
+        whole, cache = model(embeds[None])[0], KVCache(model, 1, 90)
+        cache.reserve(60)  # 64 positions
+        found = [model(embeds[None, :60], cache)[0]]
+        found += [model.step(embeds[t : t + 1], cache)[0] for t in range(60, 64)]
+        assert close(torch.cat(found), whole[:64], 1e-5)
+        with pytest.raises(ValueError, match="reserve"):
+            model.step(embeds[64:65], cache)
 
 
 def test_drawing_by_hand():
