@@ -58,7 +58,9 @@ class CompiledStep:
         stats = torch._dynamo.utils.counters["stats"]
         start, done = time.perf_counter(), stats["unique_graphs"]
         try:
-            out = self.one(x, rotation, cache)
+            # Else torch 2.6 makes a tensor of an eps that is not another model's, and gives up.
+            with torch._dynamo.config.patch(specialize_float=True):
+                out = self.one(x, rotation, cache)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # noqa: BLE001 (of the compiler, of its cache, of the system)
