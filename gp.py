@@ -209,8 +209,8 @@ def _vary(x: Tensor, candidates: Tensor, reach: float, generator: torch.Generato
 def _standardise(y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(y - mean) / std, mean, std: the std over n, not n - 1, and 1 where y is constant."""
     mean, std = y.mean(), y.std(correction=0)
-    if not std.isfinite():
-        raise ValueError("y: values too large to be standardised in float64")
+    if not std.isfinite() or 0 < y.abs().max() < 1e-150:  # their squares would be 0
+        raise ValueError("y: values too large or too small to be standardised in float64")
     if std <= 1e-12 * y.abs().max():  # constant up to rounding
         std = torch.ones_like(std)
     return (y - mean) / std, mean, std

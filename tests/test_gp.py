@@ -371,6 +371,7 @@ def one_point():
         ("y: expected shape .2., got .1.", lambda: GP([[1.0], [2.0]], [1.0], 1.0)),
         ("y: expected shape .2., got .2, 1.", lambda: GP.fit([[1.0], [2.0]], [[1.0], [2.0]])),
         ("y: values too large", lambda: GP.fit([[1.0], [2.0]], [1e308, -1e308])),
+        ("y: values .* too small", lambda: GP.fit([[1.0], [2.0]], [1e-170, 2e-170])),
         ("lengthscale: must be greater than 0, got -1", lambda: GP([[1.0]], [1.0], -1)),
         ("lengthscale: contains NaN", lambda: GP([[1.0]], [1.0], NAN)),
         ("lengthscale: expected shape .., got .2.", lambda: GP([[1.0]], [1.0], [1.0, 2.0])),
