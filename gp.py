@@ -74,8 +74,8 @@ class GP:
 
         spread: standard deviation of a coordinate in the region to search: 1 for N(0, I), 1 /
         sqrt(12) for [0, 1]^d. The lengthscale's prior is log-normal: its median is half the
-        distance of two random points, sqrt(2 d) spread / 2; the log's std is 0.5, since a few
-        points say little. (Hvarfner et al. 2024: 20 times that median, std sqrt(3).) ValueError.
+        distance of two random points, sqrt(2 d) spread / 2; the log's std is 0.5, since few points
+        say little (Hvarfner et al. 2024: 20 times that median, std sqrt(3)). Raises ValueError.
         """
         x = _read("x", x, None, None)
         y = _read("y", y, len(x))
