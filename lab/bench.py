@@ -263,9 +263,6 @@ def command(arguments: list[str]) -> int:
         if wrong := [name for name in args.against if name not in there]:
             raise UserError(f"--against: no peer {wrong[0]!r} here; there is {', '.join(there)}")
         given, numbers = dict(vars(args)), {}
-        for name in ("model", "assistant"):
-            if given[name] in random_weights.SHAPES:
-                setattr(args, name, str(random_weights.write(given[name])))
         if args.gp:
             lines = bench_search.measure_gp(args.against, args.repeats)
         elif args.regret:
@@ -274,6 +271,10 @@ def command(arguments: list[str]) -> int:
             lines, numbers = bench_landscapes.measure(soft_reasoning, args)
         else:
             with ranks.joined(args):
+                with args.place.first_before():
+                    for name in ("model", "assistant"):
+                        if given[name] in random_weights.SHAPES:
+                            setattr(args, name, str(random_weights.write(given[name])))
                 lines, numbers = bench_decoding(args)
             lines += ["", *bench_training.measure(softcot, args)] if args.assistant else []
         result = {"arguments": given} | numbers | {"text": lines}
