@@ -272,9 +272,8 @@ def command(arguments: list[str]) -> int:
         else:
             with ranks.joined(args):
                 with args.place.first_before():
-                    for name in ("model", "assistant"):
-                        if given[name] in random_weights.SHAPES:
-                            setattr(args, name, str(random_weights.write(given[name])))
+                    args.model = random_weights.made(args.model)
+                    args.assistant = random_weights.made(args.assistant)
                 lines, numbers = bench_decoding(args)
             lines += ["", *bench_training.measure(softcot, args)] if args.assistant else []
         result = {"arguments": given} | numbers | {"text": lines}

@@ -72,9 +72,9 @@ def apart(words: list[str], seconds: float) -> tuple[int | None, str, str]:
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         # Not pipes: what a section leaves running would keep them open.
         options = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": err, "cwd": flags.ROOT}
-        command, options["preexec_fn"] = [sys.executable, *words], end_with_parent
+        options |= {"preexec_fn": end_with_parent, "timeout": seconds}
         try:
-            code = subprocess.run(command, **options, timeout=seconds, check=False).returncode
+            code = subprocess.run([sys.executable, *words], check=False, **options).returncode
         except subprocess.TimeoutExpired:
             code = None
         for file in (out, err):
@@ -152,7 +152,8 @@ def measure(args: argparse.Namespace) -> None:
     if missing:
         print(f"the time is up before {', '.join(missing)}: start the same command again")
         return
-    for name in random_weights.SHAPES:
+    used = {word for _, arguments in wanted.values() for word in arguments.split()}
+    for name in used & random_weights.SHAPES.keys():
         shutil.rmtree(random_weights.folder_of(name), ignore_errors=True)
     print(f"the report is complete: {path.with_suffix('.md')}")
 

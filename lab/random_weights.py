@@ -51,6 +51,11 @@ def folder_of(name: str) -> Path:
     return Path(tempfile.gettempdir()) / f"lab-bench-{name}"
 
 
+def made(name: str | None) -> str | None:
+    """A name for `load`: of one of SHAPES its folder, which is written; else as it is."""
+    return str(write(name)) if name in SHAPES else name
+
+
 def write(name: str) -> Path:
     """The folder of one of SHAPES, in bfloat16, with the bundled model's tokenizer.
 
