@@ -1,6 +1,7 @@
 """lab/protocols.py: published prompts from files in their form, and what a protocol stands for."""
 
 import argparse
+import inspect
 import json
 
 import pytest
@@ -8,7 +9,8 @@ import torch
 
 import soft_reasoning
 import soft_thinking
-from baselines import sampling
+import softcot
+from baselines import coconut, sampling
 from lab import cli, protocols, show, tasks
 from model import Prompt, Tokenizer, UserError, load
 
@@ -54,6 +56,39 @@ def files(tmp_path, monkeypatch):
     yield
     protocols.prompts.cache_clear()
     protocols.worked_examples.cache_clear()
+
+
+# What the papers and their code run with, written down from these.
+PUBLISHED = [
+    (soft_thinking.Settings, "temperature 0.6 top_k 30 top_p 0.95 min_p 0.001 max_topk 10"),
+    (soft_thinking.Settings, "cold_stop 1 cold_stop_entropy 0.01 cold_stop_steps 256"),
+    (soft_thinking.Settings, "answer_temperature 0.6 answer_top_k 30 answer_top_p 0.95"),
+    (soft_thinking.Settings, "answer_min_p 0 gumbel_temperature 0.5 max_new_tokens 32768"),
+    (soft_thinking.concept_token, "temperature 0.6 top_k 30 top_p 0.95 min_p 0.001 max_topk 10"),
+    (soft_reasoning.Settings, "k 5 rounds 5 dimension 50 sigma 1 stop_threshold 0.01"),
+    (sampling.Settings, "first_temperature 30 first_top_k 16 rap_iterations 10 rap_width 4"),
+    (sampling.Settings, "rap_depth 5 rap_exploration 1 rap_alpha 0.5 rap_temperature 0.8"),
+    (softcot.Training, "thoughts 32 lr 2e-5 warmup 0 epochs 10 batch_size 4 accumulate 1"),
+    (softcot.Training, "rank 16 alpha 32 dropout 0.1"),
+    (coconut.Training, "stages 3 first_epochs 6 stage_epochs 3 lr 1e-4"),
+]
+
+
+@pytest.mark.parametrize("made, published", PUBLISHED)
+def test_defaults_are_the_published_ones(made, published):
+    if isinstance(made, type):
+        found = vars(made())
+    else:
+        found = {key: p.default for key, p in inspect.signature(made).parameters.items()}
+    words = published.split()
+    published = dict(zip(words[::2], map(float, words[1::2])))
+    assert {key: found[key] for key in published} == published
+
+
+def test_cot_is_not_cut_by_min_p_and_has_no_cold_stop():
+    for method in ("cot", "greedy"):
+        s = soft_thinking.Settings(method=method)
+        assert (s.min_p, s.cold_stop) == (0, False)
 
 
 def a_problem(kind="number", question="How many?", answer="7"):

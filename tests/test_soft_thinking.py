@@ -21,6 +21,7 @@ from model import (
     config_from_json,
     draw,
     load,
+    text_seed,
 )
 from soft_thinking import (
     END,
@@ -595,6 +596,23 @@ def test_every_concept_token_is_that_of_a_slow_implementation(family, golden):
             pairs = zip(step["probs"], step["ids"])
             mixture = sum(x * model.embed.weight[i].double() for x, i in pairs).float()
             embeds = torch.cat([embeds, mixture[None]])
+
+
+@pytest.mark.parametrize("method", ["cot", "greedy"])
+@pytest.mark.parametrize("family", ["qwen3", "llama3"])
+def test_a_baseline_feeds_the_tokens_that_it_names(method, family, golden):
+    """Each token from those before it, from the start, with the request's own draws."""
+    model, tokenizer = golden(family, dtype="float64")
+    s = Settings(max_new_tokens=30, method=method, temperature=1.3)
+    ((_, record),) = think(model, tokenizer, ["Why?"], s, 7)
+    u = np.random.default_rng((7, text_seed("Why?"), 0)).random(31, dtype=np.float32)
+    ids = tokenizer.encode(record["prompt"])
+    for t, token in enumerate(record["thought_ids"] + record["answer_ids"]):
+        logits = model.logits(model(model.embed(torch.tensor([ids])))[0, -1])
+        kept, w, _ = reference(logits, s.temperature, s.top_k, s.top_p, 0, len(logits))
+        assert token == kept[np.searchsorted(np.cumsum(w), u[t]) if method == "cot" else 0], t
+        ids.append(token)
+    assert record["thought_tokens"] > 10
 
 
 HOT = {"answer_temperature": 1.7, "answer_top_k": 0, "answer_top_p": 1.0, "answer_min_p": 0.0}
