@@ -44,7 +44,7 @@ class Settings(soft_reasoning.Settings):
     def __post_init__(self):
         super().__post_init__()
         least = {"rap_iterations": 1, "rap_width": 1, "rap_depth": 1, "rap_alpha": 0}
-        check_ranges(self, "rap_exploration rap_temperature", **least)
+        check_ranges(self, "rap_temperature", rap_exploration=0, **least)
         if self.rap_alpha > 1:
             raise ValueError(f"rap_alpha must be at most 1, not {self.rap_alpha}")
 
@@ -197,12 +197,12 @@ class Steps:
     def __init__(self, model: Transformer, rows: int, tokenizer: Tokenizer):
         self.model, self.end = model, model.config.eos_ids[0]
         every, device = range(model.config.vocab_size), model.device
-        texts = tokenizer.core.decode_batch([[i] for i in every], skip_special_tokens=False)
+        one = tokenizer.encode("a")  # before each: some decoders strip a space that comes first
+        texts = tokenizer.core.decode_batch([[*one, i] for i in every], skip_special_tokens=False)
 
-        def table(holds: Callable[[str], bool]) -> Tensor:
-            return torch.tensor([holds(text) for text in texts], device=device)
+        def table(holds: Callable[[str], bool]) -> Tensor:  # of each token, [V]
+            return torch.tensor([holds(text[1:]) for text in texts], device=device)
 
-        # Of each token, [V].
         self.line = table(lambda text: "\n" in text)
         self.sentence = table(lambda text: text.rstrip().endswith((".", "!", "?")))
         self.space = table(lambda text: text[:1].isspace())

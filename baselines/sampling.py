@@ -121,15 +121,20 @@ def cot_decoding(
 
 
 def margin(tokenizer: Tokenizer, q: Question, outcome: Outcome) -> float:
-    """Mean p(most probable) - p(second) over the last occurrence of the answer; 0 without one."""
-    answer, pieces = q.read(outcome.text), [tokenizer.decode([i]) for i in outcome.ids]
+    """Mean p(most probable) - p(second) over the last occurrence of the answer; 0 without one.
+
+    Over the last line, where the answer is said in other words (True for yes, 1{,}000 for 1,000).
+    """
+    answer, last_line = q.read(outcome.text), outcome.text.rstrip().rpartition("\n")[2]
     if not answer:
         return 0.0
-    pattern = rf"(?<!\w){re.escape(answer)}(?!\w)"
-    places = list(re.finditer(pattern, "".join(pieces), re.IGNORECASE))
-    if not places:
-        return 0.0
-    start, end = places[-1].span()
+    one = tokenizer.encode("a")  # before each: some decoders strip a space that comes first
+    pieces = [tokenizer.decode([*one, i])[1:] for i in outcome.ids]
+    case = re.IGNORECASE if len(answer) > 1 else 0  # a choice A is no article
+    # Over everything, where a character of the last line is spread over tokens.
+    patterns = rf"(?<![\w.-]){re.escape(answer)}(?!\w|\.\d)", re.escape(last_line), "(?s).+"
+    found = [list(re.finditer(pattern, "".join(pieces), case)) for pattern in patterns]
+    start, end = (found[0] or found[1] or found[2])[-1].span()
     stops = np.cumsum([len(piece) for piece in pieces])
     spans = zip(outcome.margins, pieces, stops)
     inside = [m for m, piece, stop in spans if stop > start and stop - len(piece) < end]

@@ -3,16 +3,20 @@
 import json
 import typing
 from dataclasses import fields
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from conftest import record_steps
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 import soft_reasoning
+from baselines import rap
 from baselines.sampling import Choice, Sampling, Settings, margin, reason
 from lab import tasks
-from model import Prompt, Request, decode, load
+from model import Prompt, Request, Tokenizer, decode, load
 from soft_reasoning import Outcome
 
 METHODS = typing.get_args(typing.get_type_hints(Settings)["method"])
@@ -98,11 +102,49 @@ def test_margins_of_words_and_letters_are_found_in_any_spelling(tiny_model):
     for text, kind, at in (
         ("The answer is Yes.", "yesno", range(14, 17)),
         ("It is (B). Because", "choice", range(7, 8)),
+        ("The answer is (A). It is a cat.", "choice", range(15, 16)),  # not the article
+        ("The answer is 18, not 18.75.", "number", range(14, 16)),
+        ("The answer is 3, and so not -3.", "number", range(14, 15)),
+        ("It is -3, or 3.5: it is 3.", "number", range(24, 25)),
+        # In other words: over the last line.
+        ("We see.\nThe answer is True.\n", "yesno", range(8, 27)),
+        ("So\n\\boxed{1{,}000}", "number", range(3, 18)),
+        ("It is\nthe wug.", "choice", range(6, 14)),
+        ("We see.\nThe answer is true\U0001f600.", "yesno", range(99)),  # of four tokens
     ):
-        margins = [float(i in at) for i in range(len(text))]
-        outcome = Outcome(text, tokenizer.encode(text), [1.0] * len(text), margins)
-        problem = tasks.Problem("p", "q", "B", kind, {"A": "x", "B": "y"})
-        assert margin(tokenizer, tasks.ask(problem, tasks.TASKS["tiny"]), outcome) == 1.0
+        ids = tokenizer.encode(text)
+        margins = [float(i in at) for i in range(len(ids))] + [float(len(at) > len(ids))]
+        outcome = Outcome(text, [*ids, 257], [1.0] * len(margins), margins)
+        problem = tasks.Problem("p", "q", "B", kind, {"A": "x", "B": "wug"})
+        question = tasks.ask(problem, tasks.TASKS["tiny"])
+        assert question.read(text), text
+        assert margin(tokenizer, question, outcome) == 1.0, text
+
+
+def test_spaces_are_found_where_a_decoder_strips_the_first(tmp_path):
+    """As in Llama 2's and Mistral's files: alone, a word's token would lose the space before it."""
+    words = ["<unk>", "</s>", "\u2581", "\u2581so", "\u2581a", "\u2581it", "4", "2", ".", "a"]
+    words += ["Yes", "\u2581Yes", "No", "\u2581No"]
+    core = tokenizers.Tokenizer(models.WordLevel(dict(zip(words, range(14))), "<unk>"))
+    core.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    pieces = "|".join(sorted(words[2:], key=len, reverse=True)).replace(".", "\\.")
+    core.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(pieces), "isolated")
+    core.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    core.save(str(tmp_path / "tokenizer.json"))
+    tokenizer, text = Tokenizer(tmp_path), "so it 42. it"
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text and tokenizer.decode(ids[1:2]) == "it"
+    outcome = Outcome(text, ids, [1.0] * len(ids), [float(i in (6, 7)) for i in ids])
+    assert margin(tokenizer, tasks.ask_number("q"), outcome) == 1.0
+    model = SimpleNamespace(config=SimpleNamespace(eos_ids=(1,), vocab_size=14), device="cpu")
+    steps = rap.Steps(model, 1, tokenizer)
+    spaced = [words[i] for i in steps.space.nonzero()[:, 0]]
+    assert spaced == [word for word in words if word.startswith("\u2581")]
+    assert steps.sentence.nonzero().tolist() == [[8]]
 
 
 def test_cot_decoding_branches_on_the_most_probable_first_tokens(tiny_model):
