@@ -29,6 +29,9 @@ DENIED = re.compile(
     r"believe|say|mean)|\b(?:wrong|false|incorrect|untrue) (?:to say|that|if))[^.!?\n]{0,30}$",
     re.IGNORECASE,
 )
+FORMULA = re.compile(r"\$\$([^$]+)\$\$|\$((?:\\.|[^$\\\n])+)\$|\\\((.+?)\\\)|\\\[((?s:.+?))\\\]")
+ONE = r"(?:\$(?:\\.|[^$\\\n])+\$|\\\((?:.+?)\\\))"
+SEVERAL = re.compile(rf"[^$\\]*{ONE}(?:,?\s(?:(?:and|or)\s)?{ONE})+(?=\W*$|[.;])")
 FEW = 9  # places of an answer that are tried, the last first: a repetitive text has thousands
 LONG = 2000  # characters of a place that are read
 
@@ -54,6 +57,8 @@ def extract(text: str, kind: str, choices: dict[str, str] | None = None) -> str 
     for match in list(ANSWER.finditer(unmarked))[: -FEW - 1 : -1]:
         place, inside = unquoted(match[1] or match[2], unmarked[: match.start(1)][-1:])
         denied = DENIED.search(unmarked[max(0, match.start() - 80) : match.start()])
+        if kind in ("number", "math"):
+            place = re.sub(r"^not\b[^\n]{0,300}?(?: but |$)", "", place)  # 'is not 7 but 8'
         if denied and kind != "yesno":
             continue
         answer = read(place, kind, choices, inside)
@@ -63,7 +68,7 @@ def extract(text: str, kind: str, choices: dict[str, str] | None = None) -> str 
         return choice_in(plain(text), choices)
     if kind == "yesno":
         return verdict_in(plain(text).lower())
-    return last_number(text)
+    return (last_formula(text) if kind == "math" else None) or last_number(text)
 
 
 def boxed(text: str) -> list[str]:
@@ -97,9 +102,14 @@ def read(place: str, kind: str, choices: dict[str, str] | None, inside: bool = F
     inside: they are all of the answer, as in a box or in quotes; else a sentence may go on.
     """
     if kind == "math":
-        # 'the answer is $x$, since ...'
-        math = re.search(r"^[^$\\]*(?:\$((?:\\.|[^$\\])+)\$|\\\((.+?)\\\))", place)
-        place = math[1] or math[2] if math else re.split(r"\.(?:\s|$)", place)[0]
+        # 'the answer is $x$, since ...', or 'is $x = 1$ or $x = 2$.'
+        math = SEVERAL.match(place) or re.match(rf"[^$\\]*{FORMULA.pattern}", place)
+        if math:
+            found = ["".join(part or "" for part in m.groups()) for m in FORMULA.finditer(math[0])]
+            first = r"^\s*[a-z]\s*=" if len(found) > 1 else "^"
+            place = ",".join(re.sub(first, "", part) for part in found)
+        else:
+            place = re.split(r"\.(?:\s|$)", place)[0]
         return place.strip(" *$\n").rstrip(" .").rstrip(" *$") or None
     if kind == "number":
         return read_number(place, inside)
@@ -173,6 +183,17 @@ def glued(text: str, number: re.Match) -> bool:
     return bool(GLUED.match(text, number.end())) or text[: number.start()][-1:] in tuple("^_/*")
 
 
+def last_formula(text: str) -> str | None:
+    """The formula that has the last digit of a text, behind its last '='; None where none has."""
+    tail = text if len(text) <= 300 else text[-300:].partition("\n")[2]  # $ has to be in pairs
+    for match in FORMULA.finditer(tail):
+        formula = "".join(part or "" for part in match.groups())
+        prose = re.search(r"\d", tail[match.end() :]) or re.search(r" [a-z]{2,} ", formula)
+        if re.search(r"\d", formula) and not prose:
+            return read(re.split(r"=|\\approx|≈", formula)[-1], "math", None)
+    return None
+
+
 def last_number(text: str) -> str | None:
     """The last number of a text, with the power or root that it belongs to."""
     short = plain(text)
@@ -213,6 +234,8 @@ def read_choice(place: str, choices: dict[str, str]) -> str | None:
     same = [key for key, choice in choices.items() if equal(choice)]
     if len(same) == 1:
         return same[0]
+    if re.match(rf"\(?[{letters}]\)?(?:, ?|,? (?:and|or) )\(?[{letters}](?:[).,;]|$)", place):
+        return None  # 'A or C'
     texts = {key: re.escape(plain(choice)) for key, choice in choices.items()}
     named = [key for key, text in texts.items() if re.search(rf"(?<!\w){text}(?!\w)", place)]
     head = r"(?:(?:(?i:definitely|clearly|likely|probably|the|indeed|but|rather|letter) )*"
@@ -226,15 +249,18 @@ def read_choice(place: str, choices: dict[str, str]) -> str | None:
     if letter:
         return letter[1]
     letter = re.search(rf"\b(?i:option|choice|letter)\s([{letters}])\b", place)
+    letter = letter or re.search(rf"\b(?i:(?:option|choice|letter)\s([{letters}]))(?:\W|$)", place)
     if letter:
-        return letter[1]
+        return letter[1].upper()
     return named[0] if len(named) == 1 else None
 
 
 def choice_in(text: str, choices: dict[str, str]) -> str | None:
     """The choice that prose settles on: the last one said to be right, or else named."""
     text = NOT.sub(" ", text.replace('"', "").replace("`", ""))
-    one = f"([{''.join(choices)}])"
+    letter = rf"(?<!\w)\(?[{''.join(choices)}]\)?"
+    text = re.sub(rf"{letter}(?:, ?{letter})*,? or {letter}(?!\w)", " ", text)  # 'A or B'
+    one, around = f"([{''.join(choices)}])", r"[^\w\n]*"  # on one line: else time is quadratic
     sure = "".join(key for key in choices if key != "A")  # 'is A' may begin 'is A train'
     strong = (
         rf"\b{one}\)?\s(?i:is|must be|would be|seems|looks|has to be)\s(?:(?i:the|clearly|indeed|"
@@ -245,10 +271,11 @@ def choice_in(text: str, choices: dict[str, str]) -> str | None:
         r"|answer|final|choice|option|take|was)|'s|\bno,|\bwait,|=>|[→⇒:])"
         rf"\s?(?i:answer|option|choice|letter)?\s?"
         rf"(?:\({one}\)|([{sure}])\b(?!')|(A)(?=[.,;!?\n]|$))"
-        rf"|(?m:^\W*{one}\W*$)|\[\[?{one}\]"
+        rf"|(?m:^{around}{one}{around}$)|\[\[?{one}\]"
     )
     weak = (
-        rf"(?m)\({one}\)|\b(?i:option|choice)(?i:\sis)?\s{one}\b|^\W*{one}(?:\W*$|[).:]\s)"
+        rf"(?m)\({one}\)|\b(?i:option|choice)(?i:\sis)?\s{one}\b"
+        rf"|^{around}{one}(?:{around}$|[).:]\s)"
         rf"|\b{one}\s(?i:is\s(?:the\s)?(?:correct|right))"
     )
     wrong = re.compile(

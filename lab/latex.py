@@ -51,6 +51,7 @@ def tidy(text: str) -> str:
     text = re.sub(r"\^\s*\{?\s*\\circ\s*\}?|\\degree|°", "", text)
     text = re.sub(r"\\(?:text|textbf|mathrm|mathbf|mbox)\s*\{([^{}]*)\}", r" \1 ", text)
     text = re.sub(r"\\(?:times|cdot)(?![a-z])|×", "*", text).replace("\\%", "%")
+    text = re.sub(r"\b(?:Rs\.?|INR|USD) ?(?=\d)", "", text)
     # -$5 -> -5
     text = re.sub(r"(?<![\w)\]}])([-+]?)\s?(?:\\?\$|[€£¥₹])\s*(?=[-+.\d])", r"\1", text)
     text = re.sub(r"(?:\\?\$|\\[()\[\],; ]| )+", " ", text)
@@ -76,15 +77,20 @@ def readings(text: str) -> frozenset[Value]:
     power = int(match["power"] or match["exponent"] or 0)
     number = (number + int(match["whole"] or 0)) * Fraction(10) ** power
     number = -number if match["sign"] == "-" else number
-    other = number / 100 if match["percent"] else number
-    other = number * SCALES[match["scale"].lower()] if match["scale"] else other
-    return frozenset([number, other])
+    if match["scale"]:
+        return frozenset([number * SCALES[match["scale"].lower()]])
+    return frozenset([number, number / 100 if match["percent"] else number])
 
 
+NO_UNIT = r"(?!\s*(?:hundred|thousand|million|billion|trillion|per ?cent)\b)"
+SHORT = r"[mck]m|k?g|m[gl]|ft|lbs?|oz|mph|[ap]m|hrs?|min|sec|th|st|nd|rd|deg"  # 3xy has no unit
 UNIT = re.compile(
-    r"(?<=[\d)}!%])(?: ?[a-zA-Z]{2,20}){1,4}(?: ?/ ?[a-zA-Z]{1,20})?(?:\^\{?-?\d\}?)?$"
+    rf"(?<=[\d)}}!%])(?: {NO_UNIT}(?:[a-zA-Z]{{2,20}}|[hmsgl]\b)|[a-zA-Z]{{4,20}}|(?:{SHORT})\b)"
+    r"(?: [a-zA-Z]{2,20}){0,3}(?: ?/ ?[a-zA-Z]{1,20})?(?:\^\{?-?\d\}?)?$"
 )
-TEXT = re.compile(r"\s*\\(?:text|textbf|mbox|mathrm)\s*\{[^{}]*\}(?:\s?\^\s?\{?-?\d\}?)?[\s.$]*$")
+TEXT = re.compile(
+    rf"\s*\\(?:text|textbf|mbox|mathrm)\s*\{{{NO_UNIT}[^{{}}]*\}}(?:\s?\^\s?\{{?-?\d\}}?)?[\s.$]*$"
+)
 
 
 def bare(text: str) -> str:

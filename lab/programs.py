@@ -20,6 +20,8 @@ FENCED = re.compile(
     r"^([ \t]*)```[ \t]*(\w*)[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE
 )
 PYTHON = ("python", "python3", "py")
+# A program; what follows it may show how it is called, or test it.
+WHOLE = re.compile(r"(?m)^\s*(?:async )?(?:def (?!test)|class (?!Test))|\binput\(|\bstdin\b")
 
 
 def with_tests(tests: str, before: str = "") -> str:
@@ -37,11 +39,13 @@ def fenced(code: str) -> str:
 def program(text: str) -> str | None:
     """The program that a text gives, or None.
 
-    It is the last code block that says it is Python, or else the last one, closed or not; or else
-    the whole text, where that is Python.
+    It is the last code block that says it is Python, or else the last one, closed or not; if any
+    defines something or reads its input, the last of those; or else the whole text, where that is
+    Python.
     """
     blocks = [(language.lower(), indent, code) for indent, language, code in FENCED.findall(text)]
     blocks = [block for block in blocks if block[0] in PYTHON] or blocks
+    blocks = [block for block in blocks if WHOLE.search(block[2])] or blocks
     if blocks:
         _, indent, code = blocks[-1]
         # A block in a list is indented as its fence is; a function's body keeps what it has more.

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from lab.programs import fenced, with_tests
+from lab.programs import HERE, fenced, with_tests
 from model import UserError
 
 
@@ -50,10 +50,14 @@ def json_document(path: Path) -> Iterator[tuple[str, Any]]:
 def plain_row(row: dict) -> tuple:
     """`question`, `answer`, and optional `choices` and `steps`; or `question` and `tests`.
 
-    StrategyQA's files call the steps `facts` or `thought`.
+    StrategyQA's files call the steps `facts` or `thought`. Tests are one text, or several.
     """
-    question = row["question"]
-    answer = with_tests(row["tests"]) if "tests" in row else row["answer"]
+    question, tests = row["question"], row.get("tests")
+    if tests is not None:
+        tests = tests if isinstance(tests, str) else "\n".join(tests)
+        if not tests.strip() or HERE in tests:
+            raise ValueError("'tests' are no program that could fail")
+    answer = row["answer"] if tests is None else with_tests(tests)
     steps = row.get("steps", row.get("facts", row.get("thought")))
     return question, answer, row.get("choices"), steps
 

@@ -46,6 +46,14 @@ NUMBERS = [  # text, what is read
     ("none", None),
     ("", None),
     (r"\boxed{.5}", ".5"),
+    ("The answer is $3 million dollars.", "3 million"),
+    (r"\boxed{3 \text{ million dollars}}", "3 million"),
+    ("#### 5 thousand miles", "5 thousand"),
+    ("#### 5 miles", "5"),
+    ("The answer is 20 percent of it", "20 percent"),
+    ("The answer is not 7 but 8.", "8"),
+    ("It is 9. The answer is not 7, as we saw.", "7"),  # the last number, for want of another
+    ("The answer is Rs. 750", "750"),
 ]
 
 
@@ -69,6 +77,13 @@ def test_numbers_are_read(text, expected):
         ("the answer is 12 km, which is option (B)", "B"),
         ("So we choose (A), no, (E)", "E"),
         ("I take option D now", "D"),
+        ("the answer is option d)", "D"),
+        ("the correct answer is choice d.", "D"),
+        (r"\boxed{A, C}", None),
+        (r"\boxed{B and D}", None),
+        ("The answer is (B) or (C).", None),
+        ("It is A, B or D. B fails, and D too. So A.", "A"),
+        (r"\boxed{C, since 120 is more}", "C"),
         ("It must be\nC.", "C"),
         ("A good question about Bob", None),
         ("the answer choice is None of these", "E"),
@@ -105,6 +120,15 @@ def test_yes_and_no_are_read(text, expected):
         (r"the answer is $\$18.90$.", r"\$18.90"),
         ("the answer is $.35$.", ".35"),
         ("we get 3 and then 4", "4"),
+        # A formula at the end is read as a whole, behind its last '='.
+        ("The area is $25\\pi$.", "25\\pi"),
+        ("**Final Answer**\n\n$\\frac{3\\sqrt{3}}{4}$", "\\frac{3\\sqrt{3}}{4}"),
+        ("so\n\\[\n z = 6+9i \\]", "6+9i"),
+        ("$$52_8$$", "52_8"),
+        ("We have $n = 4$ of the 12 left", "12"),
+        ("It costs $5 and then $12 in all", "12"),
+        ("The answer is $x = 1$ or $x = -2$.", "1, -2"),
+        ("The answer is $3$, and $5$ of them are blue.", "3"),
     ],
 )
 def test_latex_is_read(text, expected):
@@ -126,6 +150,10 @@ def test_a_text_that_repeats_itself_is_read_in_linear_time():
         "$",
         "_",
         "(",
+        "-\n",
+        "| | |\n",
+        "---\n\n",
+        "```\n",
     ):
         for kind in ("number", "choice", "yesno"):
             grade(extract(piece * 20000, kind, CHOICES), "5", "number")
@@ -201,6 +229,10 @@ OTHER = [
     ("1 1/2", "11/2"),
     ("3", "three"),
     ("9" * 5000, "1"),
+    ("3 million", "3"),
+    ("3 million people", "3"),
+    ("3xy", "3"),
+    ("6xyz", "6"),
 ]
 
 
@@ -258,6 +290,10 @@ def test_tolerance():
         ("\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}", "\\begin{pmatrix}1\\\\2\\end{pmatrix}", True),
         ("\\sqrt{35}", "\\sqrt{53}", False),
         ("6 - 5i", "6-5i", True),
+        ("2ab", "2xy", False),
+        ("12cm", "12", True),
+        ("12 m", "12", True),
+        ("3 miles per hour", "3mph", True),
         ("\\$36", "36", True),
     ],
 )
@@ -293,7 +329,9 @@ class TimeoutException(BaseException):
 def test_what_math_verify_has_no_answer_to_is_wrong_and_ends_no_run(error, monkeypatch):
     pair = "\\frac{1}{\\sqrt{3}}x", "\\frac{\\sqrt{3}}{3}x"
     monkeypatch.setattr(grading, "math_verify", Judge)
-    assert grade(*pair, "math")
+    assert grade(*pair, "math") and grade("52", "52_8", "math")
+    for a, b in (("52_8", "52_9"), ("11_2", "11"), ("52_{8}", "52_{16}")):
+        assert not grade(a, b, "math")  # which this judge, as the real one, takes for equal
     for where in ("parse", "verify"):
         monkeypatch.setattr(grading, "math_verify", lambda where=where: Judge(**{where: error}))
         assert not grade(*pair, "math")

@@ -14,7 +14,7 @@ from model import UserError
 
 # ------------------------------------------------------------------------------------------ reading
 
-ADD = "def add(a, b):\n    return a + b"
+ADD, READS = "def add(a, b):\n    return a + b", "print(add(1, int(input())))"
 
 
 @pytest.mark.parametrize(
@@ -24,6 +24,9 @@ ADD = "def add(a, b):\n    return a + b"
         (f"```python\nx\n```\nNo, wait.\n```py\n{ADD}\n```", ADD),
         (f"```python\n{ADD}\n```\nIt prints\n```\n3\n```", ADD),  # the last that says it is Python
         (f"```python\n{ADD}\n```\n```bash\npython add.py\n```", ADD),
+        (f"```python\n{ADD}\n```\nUsage:\n```python\nprint(add(2, 3))\n```", ADD),
+        (f"```python\n{ADD}\n```\n```python\ndef test():\n    assert add(1, 1) == 2\n```", ADD),
+        (f"```python\n{ADD}\n```\nso\n```python\nprint(add(1, int(input())))\n```", READS),
         (f"```\n{ADD}\n```", ADD),
         (f"``` Python 3\n{ADD}\n```", ADD),
         (f"```python\n{ADD}", ADD),  # cut by the length
@@ -190,3 +193,19 @@ def test_what_livecodebench_cannot_be_given_is_one_line(results, tmp_path, capsy
 def test_a_program_that_is_no_python_does_not_count_and_is_handed_on_all_the_same():
     assert passes("x = 1", "1873_A") and not passes("x =", "1873_A")
     assert programs.parsed("x = '\\d'") is not None  # and nothing is printed
+
+
+def test_tests_of_a_users_own_data_are_one_text_or_several_and_can_fail(tmp_path):
+    file = tmp_path / "data.jsonl"
+
+    def loaded(tests):
+        file.write_text(json.dumps({"question": "Add.", "tests": tests}))
+        (problem,) = load("data", file, run_code=True)
+        return problem
+
+    for tests in ("assert add(1, 1) == 2", ["assert add(1, 1) == 2", "assert add(1, 2) == 3"]):
+        gold = loaded(tests).answer
+        assert grade(ADD, gold, "code") and not grade("def add(a, b): return 1", gold, "code")
+    for tests in ("", " \n", [], [7], 7, f"x\n{HERE}\ny"):
+        with pytest.raises(UserError, match=r"^.*data.jsonl, line 1: [^\n]*$"):
+            loaded(tests)
