@@ -171,6 +171,8 @@ def answer(args: argparse.Namespace, settings: type, run: Callable, view: type) 
         said = done[keys[i]]["answer_text"] or done[keys[i]]["thought_text"]
         print(f"--- sample {i}, as {args.output} holds it\n{said}")
     if not todo:
+        if args.html:
+            page.write(args.html, list(done.values()))
         return
     # The bundled models know their own stories only; others are told the form of the answer.
     bundled = Path(TINY).parent in Path(args.model).resolve().parents

@@ -32,16 +32,23 @@ LARGE = 50_000  # steps, and 100 for each record, from which on records are buil
 def grouped(named: dict[str, list[dict]]) -> tuple[list[str], list[Entry]]:
     """Labels of the methods, and all records; a method that several files have is named with them.
 
-    named: file -> its records. UserError where they are of several tasks.
+    named: file -> its records. UserError where they are of several tasks, or other problems have
+    the same names.
     """
     found = {str(r["settings"].get("task", "")) for records in named.values() for r in records}
     if len(found) > 1:
         said = ", ".join(name or "single questions" for name in sorted(found))
         raise UserError(f"{' and '.join(named)}: mixed tasks ({said}): one page for each, please")
     files_of: dict[str, set] = {}
+    facts: dict[str, list] = {}
     for file, records in named.items():
         for record in records:
             files_of.setdefault(record["method"], set()).add(file)
+            name = Entry(record, 0, 0).problem
+            fact = [record["question"], record.get("gold"), record.get("choices")]
+            if facts.setdefault(name, fact) != fact:
+                other = "is another problem there than in another of these files"
+                raise UserError(f"{file}: {name} {other}: one page for each, please")
     stems = {file: Path(file).stem for file in named}
     if len(set(stems.values())) < len(stems):
         stems = {file: file for file in named}

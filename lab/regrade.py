@@ -184,13 +184,14 @@ def regrade(
         programs.permitted(path, run_code)
     new = [regraded(record, problems[record["problem"]], task) for record in old]
     records, names = finished(path, new)
+    shown = tables.report(task, settings, records, {})[1]
+    if at:
+        sames = [grading.reader(problems[name], task.tolerance)[1] for name in names]
+        shown += "\n\n" + at_k.report(records, sames, at)
     if output:
         check_replaced(output, {key_of(record) for record in new})
         files.write(output, "".join(json.dumps(record) + "\n" for record in new).encode())
-    print(tables.report(task, settings, records, {})[1])
-    if at:
-        sames = [grading.reader(problems[name], task.tolerance)[1] for name in names]
-        print("\n" + at_k.report(records, sames, at))
+    print(shown)
     before = dict.fromkeys(str(record["settings"].get("grader")) for record in old)
     print(f"\nbefore: graded by {' and '.join(before)}", *changes(old, new), sep="\n")
 
@@ -219,7 +220,7 @@ def numbers(text: str) -> list[int]:
 def command(arguments: list[str]) -> int:
     parser = flags.new_parser("lab.regrade", __doc__.splitlines()[0])
     parser.add_argument("file", metavar="FILE", help="result file of a run's --output")
-    output = {"help": "write the records there, graded anew; FILE itself stays as it is"}
+    output = {"help": "write the records there, graded anew (FILE itself: in its place)"}
     task = {"help": "refuse a file of another task than this one"}
     flags.add_flags(parser, "task output run-generated-code", task=task, output=output)
     k = "also pass@k and majority@k, for these k: 1,4,16"

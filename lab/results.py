@@ -99,7 +99,8 @@ def run(
         records[method] = [[done[p.id, method, i] for i in numbers] for p in problems]
     result, table = report(task, settings, records, speeds)
     publish(table, result, json_path)
-    return result, done
+    shown = [(p.id, m, i) for m in methods for p in problems for i in range(samples[m])]
+    return result, {key: done[key] for key in shown}
 
 
 def together(output: str | Path, settings: dict[str, dict]) -> dict[tuple, dict]:

@@ -35,7 +35,7 @@ def compare(records: dict, methods: list[str], problems: list, task: Any, seeds:
             asked = [problem for problem, _ in pairs]
             accuracy, tokens, capped = matched(of["soft"], of[method], asked, task, by)
             low, high = tables.wilson(accuracy, len(problems))  # seeds are not independent
-            few = "its --num-samples were too few to spend as much"
+            few = "its --num-samples were too few for as many"
             short = f"; on {capped} of {len(pairs)} {few}" if capped else ""
             print(
                 f"{method}, on each question no more {by} than soft: {accuracy:.1%} "
@@ -72,10 +72,12 @@ def matched(
     right, spent, capped = 0, 0, 0
     for problem, a, b in zip(problems, soft, other):
         n = len(a["answers"])
+        short = len(b["answers"]) < n
         if by == "tokens":
             total = np.cumsum(b["tokens"])
             n = max(1, int(np.searchsorted(total, a["answer_tokens"], side="right")))
-            capped += total[-1] < a["answer_tokens"]
+            short = total[-1] < a["answer_tokens"]
+        capped += short
         answers, weights = b["answers"][:n], b["weights"][:n] if b["weights"] else None
         _, same = grading.reader(problem, task.tolerance)
         i = grading.vote(answers, same, weights)

@@ -361,14 +361,24 @@ def test_every_program_writes_a_page_of_its_run(runs, tmp_path):
         html = Page(out.read_text(encoding="utf-8"))
         assert len(rows_of(next(html.all("table")), html)) - 1 == len(list(html.all("article")))
         out.unlink()
-    out = tmp_path / "one.html"
-    assert (
-        think(["--question", "Anna has 2 eggs. She buys 3 eggs.", "--html", str(out), "--trace"])
-        == 0
-    )
+    out, file = tmp_path / "one.html", ["--output", str(tmp_path / "one.jsonl")]
+    asked = ["--question", "Anna has 2 eggs. She buys 3 eggs.", "--html", str(out), "--trace"]
+    for _ in range(2):  # the second time the file has the answer
+        assert think([*asked, *file]) == 0
+        html = Page(out.read_text(encoding="utf-8"))
+        assert len(list(html.all("article"))) == len(list(html.all(**{"class": "thought"}))) == 1
+        assert not list(html.all("table", id="methods"))
+        out.unlink()
+
+
+def test_a_page_of_a_run_has_what_its_table_has_and_not_the_rest_of_the_file(tmp_path):
+    out, file = tmp_path / "run.html", ["--output", str(tmp_path / "run.jsonl")]
+    whole = ["--task", "tiny", "--limit", "2", "--max-new-tokens", "9", "--num-samples", "2"]
+    assert think([*whole, *file, "--methods", "soft,greedy"]) == 0
+    part = ["--task", "tiny", "--limit", "1", "--max-new-tokens", "9", "--methods", "soft"]
+    assert think([*part, *file, "--html", str(out)]) == 0
     html = Page(out.read_text(encoding="utf-8"))
-    assert len(list(html.all("article"))) == len(list(html.all(**{"class": "thought"}))) == 1
-    assert not list(html.all("table", id="methods"))
+    assert len(list(html.all("article"))) == 1
 
 
 # --------------------------------------------------------------------------------------- mistakes
@@ -405,6 +415,11 @@ def test_a_mistake_is_one_line(runs, tmp_path, capsys):
         record["settings"]["task"] = "gsm8k"
     file.write_text("".join(json.dumps(record) + "\n" for record in other))
     assert "mixed tasks (gsm8k, tiny)" in failing([runs.think, file, *out], capsys)
+    for record in other:
+        record["settings"]["task"] = "tiny"
+        record["question"] += " And why?"
+    file.write_text("".join(json.dumps(record) + "\n" for record in other))
+    assert "tiny-00000 is another problem there" in failing([runs.think, file, *out], capsys)
     assert not (tmp_path / "x.html").exists() and not (tmp_path / "l.jsonl").exists()
 
 

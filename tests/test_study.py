@@ -27,6 +27,9 @@ def test_equal_generations_and_equal_tokens_are_counted_question_by_question():
     assert study.matched(soft, sc, problems, task, "generations") == (1.0, 20.0, 0)
     # 2 and 3 answers: 9 and 9 win.
     assert study.matched(soft, sc, problems, task, "tokens") == (0.0, 25.0, 1)
+    # Of one answer where three would be as many: it is counted.
+    sc[0] = {"answers": ["1"], "tokens": [10], "weights": None}
+    assert study.matched(soft, sc, problems, task, "generations") == (1.0, 10.0, 1)
 
 
 def test_weights_count_at_equal_cost_and_the_dearest_answer_is_still_one():
