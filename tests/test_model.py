@@ -12,7 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import GOLDEN, ROOT, close, write_tokenizer
-from make_golden import FAMILIES
+from make_golden import FAMILIES, ROPES, rope_config
 from torch import nn
 
 import model as M
@@ -26,6 +26,7 @@ from model import (
     check_ranges,
     config_from_json,
     load,
+    rope_frequencies,
 )
 
 # -------------------------------------------------------------------------------- the transformer
@@ -39,6 +40,14 @@ def test_hidden_states_and_logits_are_those_of_transformers(family, folder_of):
     assert close(hidden[0], expected["hidden"], 1e-5)
     logits = model.logits(hidden[0, -8:])
     assert logits.dtype == torch.float32 and close(logits, expected["logits"], 1e-5)
+
+
+@pytest.mark.parametrize("name", ROPES)
+def test_rotary_frequencies_of_real_models_are_those_of_transformers(name):
+    expected = safetensors.torch.load_file(GOLDEN / "rope.safetensors")
+    found, factor = rope_frequencies(config_from_json(rope_config(name)))
+    assert torch.allclose(found, expected[name], rtol=1e-6, atol=0)
+    assert factor == pytest.approx(expected[f"{name}, factor"].item(), rel=1e-6)
 
 
 def test_right_padding_and_later_positions_change_nothing_before(folder_of):
