@@ -208,7 +208,7 @@ class Training:
 
     def __post_init__(self):
         ones = "thoughts", "epochs", "batch_size", "accumulate", "rank", "dev", "max_new_tokens"
-        check_ranges(self, "lr alpha", **dict.fromkeys(ones, 1), warmup=0, dev_limit=0)
+        check_ranges(self, "lr alpha", **dict.fromkeys(ones, 1), warmup=0, dev_limit=0, seed=0)
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout}")
 

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import softcot
-from model import At, Prompt, Request, Transformer, causal_attention, check_ranges, decode
+from model import At, Output, Prompt, Request, Transformer, causal_attention, check_ranges, decode
 
 # ----------------------------------------------------------------------------------- the curriculum
 
@@ -231,8 +231,8 @@ def answer(
     n: int,
     most: int = 256,
     rows: int = 16,
-) -> Iterator[tuple[int, list[int], list[int], float]]:
-    """Answer in at most so many tokens: (index, tokens, names of the thoughts, seconds)."""
+) -> Iterator[tuple[int, list[int], list[int], Output]]:
+    """Answer in at most so many tokens: (index, tokens, names of the thoughts, all of it)."""
     silent = n + 1 if "eot" in trained else 0  # steps before the first token that is said
     method = Coconut(model, n, trained["eot"]) if silent else softcot.Sampler(model)
     prompts = (Prompt(framed(model, trained, question, n)[0]) for question in questions)
@@ -240,7 +240,7 @@ def answer(
     rows = model.plan(rows, max(map(len, questions), default=0) + n + 1, silent + most)
     for output in decode(model, requests, method, rows, silent + most):
         ids, names = output.ids[silent:], output.ids[: max(0, silent - 1)]
-        yield output.request.data, ids, names, output.seconds
+        yield output.request.data, ids, names, output
 
 
 if __name__ == "__main__":

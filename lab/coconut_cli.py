@@ -38,6 +38,8 @@ def command_line(name: str, method: ModuleType) -> argparse.ArgumentParser:
     titles |= {"probe": "What the thoughts are read as, step by step, on the graph task."}
     parser = flags.new_parser(f"{PROG} {name}", titles[name])
     add, task = parser.add_argument, {"help": f"(default: graph) one of {flags.TASKS}"}
+    usual = "float32; with LoRA what the device is fast at"
+    dtype = {"help": f"bfloat16, float16, or float32 (default: {usual})"}
     whose = "alias, Hugging Face id, or folder (default: {})"
     if name == "train":
         flags.add_flags(
@@ -49,15 +51,17 @@ def command_line(name: str, method: ModuleType) -> argparse.ArgumentParser:
         add("--folder", required=True, help=written)
         losable = "steps that an interruption costs at most (default: 50)"
         add("--save-every", type=int, default=50, help=losable)
-        flags.add_flags(parser, "device dtype task data limit html", task=task)
+        flags.add_flags(parser, "device dtype task data limit html", task=task, dtype=dtype)
         flags.add_settings(parser, method.Training)
         return parser
     made = "made by train" + ("; several, with commas, one row each" if name == "eval" else "")
     add("--trained", metavar="FILE", required=True, help=made)
     model = {"default": None, "help": whose.format("what the file was trained from")}
-    flags.add_flags(parser, "model device dtype task data limit", model=model, task=task)
+    flags.add_flags(
+        parser, "model device dtype task data limit", model=model, task=task, dtype=dtype
+    )
     if name == "eval":
-        flags.add_flags(parser, "batch-size output json html")
+        flags.add_flags(parser, "batch-size output json html run-generated-code")
         add("--max-new-tokens", type=int, default=256, help="of each answer (default: 256)")
     return parser
 
@@ -184,7 +188,7 @@ def train(
         if len(fitting) <= s.dev:
             raise UserError(
                 f"{len(fitting)} of {len(problems)} problems fit the context window, and --dev "
-                f"holds out {s.dev}: lower --dev, or raise --limit"
+                f"holds out {s.dev}: lower --dev, --c or --stages, or raise --limit"
             )
         if len(fitting) < len(problems):
             left_out = f"{len(problems) - len(fitting)} of {len(problems)} problems"

@@ -64,6 +64,7 @@ class Trained:
     tokenizer: Tokenizer
     name: str  # of the model
     file: str  # digest
+    kind: tuple  # of the training: what, but for its seed, made the file
 
 
 def read(
@@ -104,8 +105,11 @@ def read(
         model.requires_grad_(False)
         tensors = {key: tensors[key] for key in markers}
     tensors = {key: x.to(model.device) for key, x in tensors.items()}
-    n, c = int(there["thoughts"]), json.loads(there["settings"])["c"]
-    return Trained(there["method"], n, c, tensors, is_lora, model, tokenizer, name, digest(path))
+    n, settings = int(there["thoughts"]), json.loads(there["settings"])
+    own = {key: value for key, value in settings.items() if key != "seed"}
+    kind = json.dumps(own), is_lora, name, there["task"], there["data"], there["start"]
+    about = tensors, is_lora, model, tokenizer, name, digest(path), kind
+    return Trained(there["method"], n, settings["c"], *about)
 
 
 # -------------------------------------------------------------------------------------------- eval
@@ -118,7 +122,8 @@ def score(
     loaded: dict[str, tuple] = {}
     files = [read(Path(path), args, method, lora, loaded) for path in args.trained.split(",")]
     name = "data" if args.data and not args.task else args.task or "graph"
-    problems, task = tasks.load(name, args.data, args.limit), tasks.TASKS[name]
+    problems = tasks.load(name, args.data, args.limit, args.run_generated_code)
+    task = tasks.TASKS[name]
 
     def solver(it: Trained) -> Callable:
         def solve(jobs: list[Job]) -> Iterator[tuple[Problem, int, dict]]:
@@ -130,21 +135,23 @@ def score(
             most = args.max_new_tokens
             scale = ALPHA / RANK
             with lora.merged(it.model, it.tensors, scale) if it.lora else nullcontext():
-                for i, said, names, seconds in method.answer(
+                for i, said, names, output in method.answer(
                     it.model, it.tensors, questions, it.n, most, args.batch_size
                 ):
                     thought, text = split_thought(decode([t for t in said if t not in eos]))
                     record = {"prompt": prompts[i], "thought_text": thought, "answer_text": text}
                     record |= {"thoughts": [decode([t]) for t in names], "thought_tokens": it.n}
-                    yield *jobs[i], record | {"answer_tokens": len(said), "seconds": seconds}
+                    record |= {"answer_tokens": len(said), "seconds": output.seconds}
+                    yield *jobs[i], record | {"not_finite": int(not output.finite)}
 
         return solve
 
-    solvers, same = {}, {}
+    solvers, same, count = {}, {}, Counter()
+    several = Counter(it.method for it in files)
     for it in files:
-        same.setdefault(it.method, []).append(it)
-        count = len([other for other in files if other.method == it.method])
-        row = it.method + (f" #{len(same[it.method])}" if count > 1 else "")
+        count[it.method] += 1
+        row = it.method + (f" #{count[it.method]}" if several[it.method] > 1 else "")
+        same.setdefault(it.kind, []).append(row)
         own = {"model": it.name, "trained": it.file, "thoughts": it.n}
         own |= {"device": it.model.device.type, "dtype": str(it.model.embed.weight.dtype)[6:]}
         own |= {"max_new_tokens": args.max_new_tokens, "batch_size": args.batch_size}
@@ -152,16 +159,15 @@ def score(
     result, records = results.run(problems, task, solvers, 1, args.output, args.json)
     if args.html:
         page.write(args.html, list(records.values()))
-    if all(len(trainings) == 1 for trainings in same.values()):
+    if all(len(rows) == 1 for rows in same.values()):
         return
-    print("\naccuracy, mean ± standard deviation over the trainings")
+    print("\naccuracy, mean ± standard deviation over trainings that differ in their seed")
     result["trainings"] = {}
-    for kind, trainings in same.items():
-        rows = [row for row in result["methods"] if row["method"].split(" #")[0] == kind]
-        each = [row["accuracy"] for row in rows]
-        spread = stdev(each) if len(each) > 1 else 0.0
+    for rows in same.values():
+        each = [row["accuracy"] for row in result["methods"] if row["method"] in rows]
+        spread, kind = stdev(each) if len(each) > 1 else 0.0, ", ".join(rows)
         result["trainings"][kind] = {"accuracies": each, "mean": mean(each), "std": spread}
-        print(f"{kind:10} {mean(each):.1%} ± {100 * spread:.1f} ({len(trainings)})")
+        print(f"{kind}: {mean(each):.1%} ± {100 * spread:.1f} ({len(rows)})")
     if args.json:
         write_json(args.json, result)
 
@@ -187,6 +193,13 @@ def distances(question: str) -> dict[str, int | None]:
     return found
 
 
+def last_word(step: str, names: dict) -> str:
+    last = (re.findall(r"\w+", step) or [""])[-1]
+    if last not in names:
+        raise UserError(f"probe: the step {step!r} does not end with one of the question's names")
+    return last
+
+
 def group(distance: int | None, edges: int) -> str:
     """Where a name lies for a thought of that step (from 1 on): the frontier is so far away."""
     if distance is None:
@@ -202,7 +215,9 @@ def read_thoughts(it: Trained, method: ModuleType, question: str) -> list[dict[s
     encode = it.tokenizer.encode
     tokens = {name: set(encode(f"Every {name} is a {name}")) for name in distances(question)}
     shared = set.intersection(*tokens.values())  # where tokens are words
-    before, n, _ = method.framed(it.model, it.tensors, encode(it.tokenizer.open(question)), it.n)
+    ids = encode(it.tokenizer.open(question))
+    check_prompt(it.model.config, [*ids, *[0] * (it.n + 2)], question)
+    before, n, _ = method.framed(it.model, it.tensors, ids, it.n)
     cache = method.Past(torch.zeros(1, dtype=torch.long, device=it.model.device))
     thoughts, _ = method.thoughts_one(it.model, before, n, cache)
     ps = [it.model.logits(thought).softmax(-1) for thought in thoughts]
@@ -217,7 +232,9 @@ def probe(
     it = read(Path(args.trained), args, method, lora, {})
     if it.method != "coconut" or not it.n:
         raise UserError(f"{args.trained} is of {it.method} with {it.n} thoughts: give Coconut's")
-    name = "data" if args.data and not args.task else args.task or "graph"
+    if args.task not in (None, "graph"):
+        raise UserError("probe reads the facts of --task graph, or of --data with such facts")
+    name = "data" if args.data and not args.task else "graph"
     problems, task = tasks.load(name, args.data, args.limit), tasks.TASKS[name]
     texts = [tasks.prompt(p, task) for p in problems]
     with lora.merged(it.model, it.tensors, ALPHA / RANK) if it.lora else nullcontext():
@@ -236,8 +253,7 @@ def probe(
                 count[where] += 1 / len(those)
             hits += lies[max(thought, key=thought.get)] == "frontier"
             if edges <= hops:  # the name that this step leads to
-                said = problems[i].steps[edges - 1]
-                right += thought[re.findall(r"\w+", said)[-1]] / len(those)
+                right += thought[last_word(problems[i].steps[edges - 1], thought)] / len(those)
         cells = [f"{mass[where]:.3f} ({count[where]:.1f})" for where in GROUPS]
         cells += [f"{1 - mass.total():.3f}", f"{right:.3f}", f"{hits / len(those):.0%}"]
         lines.append([str(hops), str(t + 1), *cells])

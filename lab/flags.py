@@ -35,7 +35,7 @@ FLAGS = {  # those that are no settings of a method
     "task": {"help": f"score a benchmark: {TASKS}"},
     "data": {
         "metavar": "FILE",
-        "help": "score your own JSON lines: question, answer (or tests), optional choices, steps",
+        "help": "your own problems, JSON lines: question, answer (or tests); choices, steps",
     },
     "run-generated-code": {
         "action": "store_true",

@@ -24,7 +24,8 @@ def measured(model: Transformer, thoughts: Tensor) -> dict[str, list]:
     E, T = model.embed.weight, thoughts.float()
     lengths = torch.linalg.vector_norm(E, dim=-1, dtype=torch.float32)  # [V]
     # Found in the weights' own dtype, which a float32 copy of the matrix would double; then exact.
-    ids = ((T.to(E) @ E.T).float() / lengths).topk(NEAREST).indices
+    cosines = (T.to(E) @ E.T).float() / lengths.clamp(min=1e-12)  # of an unused token it is 0
+    ids = cosines.topk(NEAREST).indices
     near = F.cosine_similarity(T[:, None], E[ids].float(), dim=-1)  # [n, NEAREST]
     unit = F.normalize(T, dim=-1)
     between = rounded(unit @ unit.T)

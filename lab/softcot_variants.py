@@ -119,7 +119,7 @@ def variants(
         command = MAKE_BUNDLED if bundled(args) else "python softcot.py train"
         raise UserError(f"softcot needs a projection, --projection FILE: make one with `{command}`")
     usual = max((pair.n for pair in pairs), default=0) or method.Settings.thoughts
-    usual = len(prompt.get("prompt", [])) or usual
+    trained_prompt = len(prompt.get("prompt", []))
     rows = {}
 
     def add(variant: Variant, own: dict, trained: int, words: str, mark: str = "") -> None:
@@ -138,9 +138,9 @@ def variants(
         elif name == "zero-shot-cot":
             rows[name] = {}, Variant(name, 0, {})
         elif name == "cot-unk":
-            for n in numbers or [usual]:
+            for n in numbers or [trained_prompt or usual]:
                 own = {"thoughts": n} | prompt_file
-                add(Variant(name, n, prompt), own, usual if prompt else 0, "placeholders")
+                add(Variant(name, n, prompt), own, trained_prompt, "placeholders")
         else:
             soft = name == "softcot"
             each = pairs if soft else list({pair.name: pair for pair in pairs}.values())

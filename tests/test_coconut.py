@@ -157,6 +157,30 @@ def test_each_stage_begins_with_a_new_optimizer():
     assert torch.equal(x["x"], y)
 
 
+def test_accumulated_passes_are_one_batch_and_each_step_has_its_own_draws():
+    examples = [Example([1], [[2] * k, [3]]) for k in range(1, 9)]
+
+    def trained(size, accumulate, start=0):
+        s = Training("cot", epochs=2, batch_size=size, accumulate=accumulate, lr=0.1, dev=1)
+        x, drawn, passes = {"x": torch.tensor([3.0, 2.0], requires_grad=True)}, [], []
+
+        def loss(indices, n, k):
+            drawn.append(torch.rand(1).item())
+            passes.append(len(indices))
+            return sum((x["x"] - i).square().sum() * len(examples[i].labels(k)) for i in indices)
+
+        torch.manual_seed(size)  # of no consequence
+        steps = [step[:3] for step in train(x, loss, examples, s, start)]
+        return x["x"], steps, passes, drawn
+
+    whole, one_by_one = trained(4, 1), trained(1, 4)
+    assert [passes for _, _, passes, _ in (whole, one_by_one)] == [[4] * 4, [1] * 16]
+    assert torch.allclose(whole[0], one_by_one[0], atol=1e-5)
+    for a, b in zip(whole[1], one_by_one[1], strict=True):
+        assert a == pytest.approx(b, rel=1e-5)
+    assert trained(4, 1, start=2)[3] == whole[3][2:] and len(set(whole[3])) == 4
+
+
 @pytest.mark.parametrize(
     "nonsense", [{"c": 0}, {"stages": -1}, {"lr": 0.0}, {"lr": math.nan}, {"epochs": 0}]
 )

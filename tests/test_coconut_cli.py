@@ -13,14 +13,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from softcot_pair import assert_same, data, lengthen, outcome, pair
 
 import softcot
 from baselines import coconut, lora
-from lab import coconut_cli, coconut_eval, sources, tasks
+from lab import coconut_cli, coconut_eval, sources, tasks, trained
 from lab.coconut_eval import distances, group
-from model import Tokenizer
+from model import Tokenizer, load
 
 __all__ = ["data", "pair"]  # fixtures
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -206,17 +207,102 @@ def test_several_trainings_of_a_method_are_summed_up(tmp_path, problems_file, ca
         folder = tmp_path / str(seed)
         more = "--from-nothing", "--method", "no-cot", "--seed", seed
         assert trains(folder, *more, data=problems_file, epochs=1) == 0
-    files = ",".join(str(tmp_path / f"{seed}/coconut.safetensors") for seed in (0, 1))
+    files = [str(tmp_path / f"{seed}/coconut.safetensors") for seed in (0, 1)]
+    few = "--limit", 4, "--max-new-tokens", 4
     capsys.readouterr()
-    assert main("eval", "--trained", files, "--limit", 4, "--max-new-tokens", 4) == 0
-    said = capsys.readouterr().out
-    assert "no-cot #1" in said and "no-cot #2" in said and "(2)" in said.splitlines()[-1]
+    assert main("eval", "--trained", ",".join(files), *few) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[-1].startswith("no-cot #1, no-cot #2: ") and said[-1].endswith(" (2)")
+    # What differs in more than its seed is no other training of the same kind.
+    path = tmp_path / "2" / "coconut.safetensors"
+    more = "--from-nothing", "--method", "no-cot", "--lr", 0.02
+    assert trains(tmp_path / "2", *more, data=problems_file, epochs=1) == 0
+    capsys.readouterr()
+    assert main("eval", "--trained", ",".join([*files, str(path)]), *few) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split(": ")[0] for line in said[-2:]] == ["no-cot #1, no-cot #2", "no-cot #3"]
+
+
+def test_what_is_best_is_of_the_last_stage(tmp_path, problems_file, monkeypatch):
+    """Here the held-out loss only rises: the last stage's first one is the best."""
+    real = coconut_cli.Staged.loss
+
+    def loss(self, indices, n, k):
+        labels = sum(len(self.sequences[i].labels(k)) for i in indices)
+        rising = torch.tensor(float(self.step * labels))
+        return real(self, indices, n, k) if torch.is_grad_enabled() else rising
+
+    monkeypatch.setattr(coconut_cli.Staged, "loss", loss)
+    assert trains(tmp_path / "a", "--from-nothing", data=problems_file, epochs=5) == 0
+    with safe_open(tmp_path / "a" / "coconut.safetensors", "pt") as file:
+        metadata = file.metadata()
+    _, log = outcome(tmp_path / "a")
+    stages = {line["epoch"]: line["thoughts"] for line in log if "dev_loss" in line}
+    assert stages == {0: 0, 1: 0, 2: 1, 3: 2, 4: 2, 5: 2}
+    assert (metadata["thoughts"], metadata["step"]) == ("2", str(4 * 3))  # the last stage's first
+
+
+def test_records_have_what_decides_them_and_say_where_logits_were_not_finite(
+    tmp_path, problems_file, capsys
+):
+    assert trains(tmp_path / "a", "--from-nothing", data=problems_file, epochs=1) == 0
+    path, out = tmp_path / "a" / "last.safetensors", tmp_path / "out.jsonl"
+    evaluate = "eval", "--limit", 2, "--max-new-tokens", 4, "--trained"
+    assert main(*evaluate, path, "--output", out) == 0
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [r["not_finite"] for r in records] == [0, 0]
+    for more in (("--max-new-tokens", 5), ("--batch-size", 2)):
+        assert main(*evaluate, path, "--output", out, *more) == 2
+        assert "there and" in capsys.readouterr().err
+    tensors, metadata = trained.read_tensors(path)
+    tensors["embed_tokens.weight"][-1] = torch.inf  # a token that no prompt has
+    save_file(tensors, tmp_path / "bad.safetensors", metadata)
+    assert main(*evaluate, tmp_path / "bad.safetensors", "--output", tmp_path / "bad.jsonl") == 0
+    assert "warning: in 2 of 2 records an answer ends early" in capsys.readouterr().err
+
+
+def test_programs_are_graded_only_where_that_is_permitted(tmp_path, problems_file, capsys):
+    assert trains(tmp_path / "a", "--from-nothing", data=problems_file, epochs=1) == 0
+    data = tmp_path / "code.jsonl"
+    data.write_text(json.dumps({"question": "Is it?", "tests": "assert f() == 1"}) + "\n")
+    path = tmp_path / "a" / "coconut.safetensors"
+    evaluate = "eval", "--trained", path, "--data", data, "--task", "data", "--max-new-tokens", 2
+    assert main(*evaluate) == 2
+    assert "--run-generated-code" in capsys.readouterr().err
+    assert main(*evaluate, "--run-generated-code") == 0
+
+
+def test_a_target_ends_with_the_tokenizer_s_end_and_names_a_choice_by_its_text(folder_of):
+    _, tokenizer = load(str(folder_of("qwen3")), "cpu")
+    end = tokenizer.core.token_to_id(tokenizer.special["eos_token"])
+    p = tasks.Problem("p", "Why?", "B", "choice", {"A": "wug", "B": "fep"}, ["One.", "Two."])
+    made = coconut_cli.example(coconut, softcot, tokenizer, (999, end), p, tasks.TASKS["graph"])
+    texts = [tokenizer.decode(target[:-1]) for target in made.targets]
+    assert [target[-1] for target in made.targets] == [end] * 3
+    assert [text.count("One.") for text in texts] == [1, 0, 0]
+    assert [text.count("Two.") for text in texts] == [1, 1, 0]
+    assert all(text.endswith("The answer is fep.") for text in texts)
+    asked = coconut_cli.example(coconut, softcot, tokenizer, (999,), p, tasks.TASKS["data"])
+    assert all(target[-1] == 999 for target in asked.targets)  # eos_token is no end there
+    assert tokenizer.decode(asked.targets[2][:-1]).endswith("\\boxed{B}.")
 
 
 def test_probe_prints_the_mass_of_all_tokens(tmp_path, problems_file, capsys):
     assert trains(tmp_path / "a", "--from-nothing", data=problems_file) == 0
     capsys.readouterr()
     path = tmp_path / "a" / "coconut.safetensors"
+    row = json.loads(problems_file.read_text().splitlines()[0])
+    own, words = tmp_path / "own.jsonl", "does not end with one of the question's names"
+    for change, said in (
+        ({"steps": ["So the next one"]}, words),
+        ({"steps": ["!!", "?"]}, words),
+        ({"question": row["question"] * 60}, "shorten it"),
+    ):
+        own.write_text(json.dumps(row | change) + "\n")
+        assert main("probe", "--trained", path, "--data", own) == 2
+        assert said in capsys.readouterr().err
+    assert main("probe", "--trained", path, "--task", "humaneval") == 2
+    assert "probe reads the facts of --task graph" in capsys.readouterr().err
     assert main("probe", "--trained", path, "--limit", 6) == 0
     lines = capsys.readouterr().out.splitlines()[2:]
     assert len(lines) == 3 * 2  # hops, thoughts
@@ -262,7 +348,8 @@ def test_a_thought_is_read_as_names(tokenizer, given):
         Past=coconut.Past,
         thoughts_one=lambda model, before, n, cache: ([p.log()] * n, None),
     )
-    model = SimpleNamespace(logits=lambda thought: thought, device="cpu")
+    config = SimpleNamespace(context=99, vocab_size=99)
+    model = SimpleNamespace(logits=lambda thought: thought, device="cpu", config=config)
     it = SimpleNamespace(model=model, tokenizer=tokenizer, tensors={}, n=2)
     for thought in coconut_eval.read_thoughts(it, method, PROBED):
         assert thought == pytest.approx({"dax": 0.5, "wug": 0.4, "fep": 0, "mib": 0}, abs=1e-6)

@@ -150,10 +150,13 @@ def test_a_step_starts_from_the_steps_before_it_and_equal_ones_are_one(tiny_mode
 def test_an_answer_counts_before_any_visit_and_votes_weigh_as_much_as_their_rewards(tiny_model):
     _, tokenizer = tiny_model
     steps = [("is 7", 0.9, True), ("is 8", 0.6, True), ("8 it is", 0.5, True), ("who", 1.0, True)]
+    steps += [(text, 0.3, True) for text in ("is 9", "9 it is", "or 9")]  # the most frequent
+    answers = ["7", "8", "8", None, "9", "9", "9"]
     for select_by, answer in (("best", "is 7"), ("vote", "is 8")):
-        settings = Settings(rap_iterations=1, rap_depth=3, rap_alpha=0.0, select=select_by)
-        record, _ = drive(*tiny_model, settings, scripted(tokenizer, steps, [0.5] * 4))
-        assert record["answer_text"] == answer and record["answers"] == ["7", "8", "8", None]
+        options = {"rap_iterations": 1, "rap_width": 7, "rap_depth": 3, "rap_alpha": 0.0}
+        settings = Settings(select=select_by, **options)
+        record, _ = drive(*tiny_model, settings, scripted(tokenizer, steps, [0.5] * 7))
+        assert record["answer_text"] == answer and record["answers"] == answers
 
 
 def test_a_step_that_leaves_no_room_to_ask_is_neither_right_nor_wrong(tiny_model):

@@ -57,7 +57,7 @@ def test_every_method_with_votes_and_seeds_goes_on_where_it_was_cut(
     adapter, unk = tmp_path / "lora", tmp_path / "unk"
     out, table = tmp_path / "out.jsonl", tmp_path / "table.json"
     assert trains(folders, data, adapter, method="lora") == 0
-    assert trains(folders, data, unk, method="cot-unk") == 0
+    assert trains(folders, data, unk, "--thoughts", "3", method="cot-unk") == 0
     arguments = ["--projection", file, "--lora", str(adapter)]
     arguments += ["--prompt", str(unk / "prompt.safetensors"), "--num-samples", "3"]
     arguments += [
@@ -82,6 +82,8 @@ def test_every_method_with_votes_and_seeds_goes_on_where_it_was_cut(
     assert all(len(r["answers"]) == len(r["texts"]) == 3 for r in whole.values())
     assert "Hint: " in whole["data-00000", "assist-cot", 0]["prompt"]
     assert "<2 soft thoughts>" in whole["data-00000", "softcot", 1]["prompt"]
+    numbers = {method: r["settings"].get("thoughts") for (_, method, _), r in whole.items()}
+    assert numbers == dict.fromkeys(methods) | {"cot-unk": 3, "assist-cot": 2, "softcot": 2}
     assert whole["data-00000", "softcot", 0]["texts"] != whole["data-00000", "softcot", 1]["texts"]
     lines = out.read_text().splitlines()
     out.write_text("\n".join(lines[:13]) + "\n" + lines[13][:50])
@@ -91,7 +93,7 @@ def test_every_method_with_votes_and_seeds_goes_on_where_it_was_cut(
     assert records(out) == whole
     capsys.readouterr()
     assert evaluates(folders, data, *arguments, "--thoughts", "1") == 2
-    assert "thoughts is 2 there and 1 here" in capsys.readouterr().err
+    assert "thoughts is 3 there and 1 here" in capsys.readouterr().err
 
 
 def test_several_numbers_of_thoughts_and_several_assistants_are_a_row_each(
@@ -193,6 +195,9 @@ def test_what_is_measured_of_soft_thoughts(loaded):
     assert found["cosines"][2] == [pytest.approx(-cosine.item(), abs=0.005), -1.0]
     assert [near[0] for near in found["nearest"][:2]] == [[40, 1.0], [41, 1.0]]
     assert [len(near) for near in found["nearest"]] == [3] * 3
+    with torch.no_grad():
+        E[7] = 0  # of a token that nothing was trained on
+    assert 7 not in dict(soft_thoughts.measured(model, E[40:41] + 0.1)["nearest"][0])
     name = lambda token: tokenizer.decode([token])
     line, *_ = soft_thoughts.lines(found, name)
     assert line.startswith(f"  1  norm {norms[0]:7.2f}  {name(40)!r} +1.00  ")
