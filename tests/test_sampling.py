@@ -14,9 +14,9 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 import soft_reasoning
 from baselines import rap
-from baselines.sampling import Choice, Sampling, Settings, margin, reason
+from baselines.sampling import Choice, Sampling, Settings, cot_decoding, margin, reason, sampled
 from lab import tasks
-from model import Prompt, Request, Tokenizer, decode, load
+from model import Prompt, Request, Tokenizer, decode, load, text_seed
 from soft_reasoning import Outcome
 
 METHODS = typing.get_args(typing.get_type_hints(Settings)["method"])
@@ -145,6 +145,41 @@ def test_spaces_are_found_where_a_decoder_strips_the_first(tmp_path):
     spaced = [words[i] for i in steps.space.nonzero()[:, 0]]
     assert spaced == [word for word in words if word.startswith("\u2581")]
     assert steps.sentence.nonzero().tolist() == [[8]]
+
+
+def asked_and_found(start, model, tokenizer, settings, texts, margins=()):
+    """What a search asks for, and its record where each outcome is given."""
+    searching, outcomes = start(model, tokenizer, tasks.ask_number("q"), settings, 5), []
+    wanted = next(searching)
+    for text, m in zip(texts, margins or [0.5] * len(texts), strict=True):
+        ids = tokenizer.encode(text)
+        outcomes.append(Outcome(text, ids, [0.9] * len(ids), [m] * len(ids)))
+    with pytest.raises(StopIteration) as end:
+        searching.send(outcomes)
+    return wanted, end.value.value
+
+
+def test_sampled_answers_have_their_temperatures_and_own_seeds_and_one_vote_each(tiny_model):
+    texts = ["so 7", "so 8", "it is 8", "so 9"]
+    for method, first in (("sc", 0.6), ("fire", 30.0)):
+        settings = Settings(method=method, num_samples=4)
+        wanted, found = asked_and_found(sampled, *tiny_model, settings, texts)
+        assert [(c.first_temperature, c.temperature) for c in wanted] == [(first, 0.6)] * 4
+        assert [c.seeds for c in wanted] == [(5, text_seed("q"), i) for i in range(4)]
+        assert found["answers"] == ["7", "8", "8", "9"] and found["answer_text"] == "so 8"
+        assert found["weights"] is None and found["texts"] == texts
+
+
+def test_cot_decoding_asks_for_each_rank_and_votes_weigh_as_much_as_their_margins(tiny_model):
+    settings = Settings(method="cot-decoding", num_samples=4)
+    given = ["so 7", "so 8", "it is 8", "so 9"], [0.9, 0.2, 0.3, 0.6]
+    wanted, found = asked_and_found(cot_decoding, *tiny_model, settings, *given)
+    assert [(c.rank, c.first_temperature, c.temperature) for c in wanted] == [
+        (rank, 0.0, 0.0) for rank in range(4)
+    ]
+    assert found["answer_text"] == "so 7" and found["weights"] == pytest.approx(given[1])
+    given = given[0], [0.9, 0.6, 0.5, 0.8]
+    assert asked_and_found(cot_decoding, *tiny_model, settings, *given)[1]["answer_text"] == "so 8"
 
 
 def test_cot_decoding_branches_on_the_most_probable_first_tokens(tiny_model):

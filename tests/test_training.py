@@ -87,6 +87,9 @@ def test_lora_begins_as_nothing_and_merged_is_what_the_hooks_compute(load, loade
     model = loaded(load=load)[0]
     torch.manual_seed(0)
     tensors = lora.start(model, 4)
+    drawn = torch.cat([A.flatten() for name, A in tensors.items() if name.endswith("A.weight")])
+    # PEFT's: kaiming_uniform_ with a = sqrt(5), so of bound 1 / sqrt(d), here d = 32.
+    assert drawn.abs().max() <= 32**-0.5 and drawn.std() == pytest.approx(96**-0.5, rel=0.1)
     x = model.embed(torch.randint(0, 250, (2, 20)))
     unchanged = model(x)
     before = {name: p.clone() for name, p in model.named_parameters()}
