@@ -159,6 +159,8 @@ def train(
     s = flags.settings_of(args, method.Training)
     if args.lora and args.from_nothing:
         raise UserError("--lora changes weights, --from-nothing has none: pass one of them")
+    if args.lora and args.model == GRAPH:
+        raise UserError("--lora is trained beside a model's weights: pass --model")
     if args.dtype not in (None, "float32") and not args.lora:
         raise UserError("all weights are trained in float32: leave --dtype out, or pass --lora")
     name = "data" if args.data and not args.task else args.task or "graph"

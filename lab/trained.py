@@ -46,8 +46,8 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict) -> Non
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a safetensors file, and its metadata."""
-    if path.is_fifo():  # nobody may ever write to it
-        raise UserError(f"{path} is a named pipe: give a file")
+    if path.is_fifo() or path.is_dir():  # nobody may ever write to a pipe
+        raise UserError(f"{path} is a {'folder' if path.is_dir() else 'named pipe'}: give a file")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             names = file.keys()  # it is no dictionary
