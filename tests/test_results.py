@@ -211,6 +211,27 @@ def test_each_method_has_its_own_number_of_samples(tmp_path, capsys):
     assert len(records(output)) == 24
 
 
+def test_a_table_is_this_text():
+    rows = [
+        tables.Row("soft", 1, 0.5, [0.25, 0.75], None, None, 12.34, None, 1, {"length": 4}),
+        tables.Row("greedy", 1, 0.75, [0.5, 0.9], 0.25, [-0.1, 0.6], 10, 9, 0, {}, 55.5, 2),
+    ]
+    result = {"task": "tiny", "problems": 4, "samples": 1, "grader": "exact", "interval": "Wilson"}
+    title, _, *lines, _, timed, _, explained = tables.table(result, rows).splitlines()
+    assert title == "tiny: 4 problems, 1 sample(s) each; graded by exact; interval: Wilson"
+    head = "method accuracy 95 % interval difference to soft tokens if correct tokens/s no answer"
+    assert [" ".join(line.split()) for line in lines] == [
+        f"{head} ended by",
+        "soft 50.0% 25.0% to 75.0% 12.3 - - 1 length 4",
+        "greedy 75.0% 50.0% to 90.0% +25.0 (-10.0 to +60.0) 10.0 9.0 55.5 0 -",
+    ]
+    starts = [line.index(word) for line, word in zip(lines, ("tokens", "12.3", "10.0  9"))]
+    assert len(set(starts)) == 1  # a column
+    assert timed == "tokens/s: of what this process did, soft 0 of 4 records, greedy 2 of 4 records"
+    paired = "percentage points, paired by problem, with 95 % interval (Bonett and Price)"
+    assert explained == f"difference: {paired}"
+
+
 def test_other_settings_are_refused(tmp_path):
     output = tmp_path / "out.jsonl"
     run(PROBLEMS, TASKS["tiny"], methods({"seed": 0, "model": "a"}, soft=adder()), output=output)
