@@ -159,6 +159,17 @@ def test_an_answer_counts_before_any_visit_and_votes_weigh_as_much_as_their_rewa
         assert record["answer_text"] == answer and record["answers"] == answers
 
 
+def test_a_long_path_is_no_better_for_being_long(tiny_model):
+    """What counts is the mean of its rewards: here 0.5 twice, and 0.6 once."""
+    _, tokenizer = tiny_model
+    options = {"rap_iterations": 3, "rap_width": 2, "rap_depth": 2, "rap_alpha": 0.0}
+    steps = [("a 1.", 0.5, False), ("is 7", 0.6, True), (" is 8", 0.5, True)]
+    record, wanted = drive(*tiny_model, Settings(**options), scripted(tokenizer, steps, [0.5] * 3))
+    assert record["answers"] == ["8", "7"] and record["answer_text"] == "is 7"
+    # The third selection: 0.5 + sqrt(ln 2) for a state without visits, 0.6 + sqrt(ln 2 / 2).
+    assert [len(actions) for actions in wanted] == [2, 2, 1, 1]
+
+
 def test_a_step_that_leaves_no_room_to_ask_is_neither_right_nor_wrong(tiny_model):
     _, tokenizer = tiny_model
     settings = Settings(rap_iterations=1, rap_width=1, rap_depth=2)
