@@ -180,9 +180,17 @@ def test_hidden_states_are_the_final_norm_s_at_the_placeholders(llm, assistant, 
         small(small.embed(torch.tensor([ids + [placeholder(tokenizer)] * 3])))
         direct.append(seen[-1][len(ids) : len(ids) + 3])
     handle.remove()
+    sizes = []
+    handle = small.norm.register_forward_hook(lambda module, inputs, out: sizes.append(out.shape))
     for most in (1, 150, 10**6):  # alone, in a few batches, all in one
         found = states(small, tokenizer, questions, 3, most=most)
         assert torch.allclose(found, torch.stack(direct), atol=1e-4)
+        assert all(B * T <= most or B == 1 for B, T, _ in sizes)
+        assert (len(sizes) == 1) == (most == 10**6)
+        assert (max(B for B, _, _ in sizes) == 1) == (most == 1)
+        assert sum(B for B, _, _ in sizes) == len(questions)
+        sizes.clear()
+    handle.remove()
 
 
 def test_the_first_rows_of_many_placeholders_are_those_of_few(loaded):
