@@ -8,6 +8,7 @@ is bounded, or reads a text from which runs of spaces are gone: time grows as th
 import re
 
 from lab.expression import beginning, value
+from lab.formulas import last_formula, read_formula
 from lab.latex import NUMBER, bare, normalise, plain, readings, tidy
 from lab.programs import program
 from lab.verdicts import verdict_in, yes_or_no
@@ -19,7 +20,8 @@ ANSWER = re.compile(
         (?: \s (?: to | for ) \s [^.\n]{{1,60}}? )?
       | \\?["'] (?: choice | option | letter | result | prediction | solution ) \\?["'] (?= \s?: ) )
     (?: \s {IS} \b (?: \s (?: therefore | thus | then ) \b )? | \s? [:=] )
-    \s? [:=]? \s? (?= ( [^\n]{{1,300}} ) )
+    \s? [:=]? \s?
+    (?= ( \\\[ (?s:.{{1,300}}?) \\\] | \$\$ [^$]{{1,300}} \$\$ | [^\n]{{1,300}} ) )
   | < \s? (?: final_? )? (?: answer | ans | choice | option | result | solution | final ) \s? > \s?
     (?= ( [^<]{{1,300}} ) )""",
     re.IGNORECASE | re.VERBOSE,
@@ -29,9 +31,6 @@ DENIED = re.compile(
     r"believe|say|mean)|\b(?:wrong|false|incorrect|untrue) (?:to say|that|if))[^.!?\n]{0,30}$",
     re.IGNORECASE,
 )
-FORMULA = re.compile(r"\$\$([^$]+)\$\$|\$((?:\\.|[^$\\\n])+)\$|\\\((.+?)\\\)|\\\[((?s:.+?))\\\]")
-ONE = r"(?:\$(?:\\.|[^$\\\n])+\$|\\\((?:.+?)\\\))"
-SEVERAL = re.compile(rf"[^$\\]*{ONE}(?:,?\s(?:(?:and|or)\s)?{ONE})+(?=\W*$|[.;])")
 FEW = 9  # places of an answer that are tried, the last first: a repetitive text has thousands
 LONG = 2000  # characters of a place that are read
 
@@ -102,15 +101,7 @@ def read(place: str, kind: str, choices: dict[str, str] | None, inside: bool = F
     inside: they are all of the answer, as in a box or in quotes; else a sentence may go on.
     """
     if kind == "math":
-        # 'the answer is $x$, since ...', or 'is $x = 1$ or $x = 2$.'
-        math = SEVERAL.match(place) or re.match(rf"[^$\\]*{FORMULA.pattern}", place)
-        if math:
-            found = ["".join(part or "" for part in m.groups()) for m in FORMULA.finditer(math[0])]
-            first = r"^\s*[a-z]\s*=" if len(found) > 1 else "^"
-            place = ",".join(re.sub(first, "", part) for part in found)
-        else:
-            place = re.split(r"\.(?:\s|$)", place)[0]
-        return place.strip(" *$\n").rstrip(" .").rstrip(" *$") or None
+        return read_formula(place, inside)
     if kind == "number":
         return read_number(place, inside)
     place = plain(place).strip(" :*\n\"'`_").rstrip(" .")
@@ -137,6 +128,7 @@ def read_number(place: str, inside: bool) -> str | None:
     """The number or expression that a place gives; of what has no value, all of it."""
     text = tidy(place).strip(" :*\n\"'`").rstrip(" .")
     if not inside:
+        text = re.sub(r"^(?:In|After|For|Over|With|At|On|By)\b[^,.=]{1,40}, (?=.*\d)", "", text)
         bare_sentence = "$" not in place and "\\" not in place
         text = re.sub(r"!+(?= |$)", "", text) if bare_sentence else text
     text = re.sub(r"(?<!\d )\b(?:negative|minus) (?=\d)", "-", text)
@@ -183,17 +175,6 @@ def glued(text: str, number: re.Match) -> bool:
     return bool(GLUED.match(text, number.end())) or text[: number.start()][-1:] in tuple("^_/*")
 
 
-def last_formula(text: str) -> str | None:
-    """The formula that has the last digit of a text, behind its last '='; None where none has."""
-    tail = text if len(text) <= 300 else text[-300:].partition("\n")[2]  # $ has to be in pairs
-    for match in FORMULA.finditer(tail):
-        formula = "".join(part or "" for part in match.groups())
-        prose = re.search(r"\d", tail[match.end() :]) or re.search(r" [a-z]{2,} ", formula)
-        if re.search(r"\d", formula) and not prose:
-            return read(re.split(r"=|\\approx|≈", formula)[-1], "math", None)
-    return None
-
-
 def last_number(text: str) -> str | None:
     """The last number of a text, with the power or root that it belongs to."""
     short = plain(text)
@@ -234,7 +215,7 @@ def read_choice(place: str, choices: dict[str, str]) -> str | None:
     same = [key for key, choice in choices.items() if equal(choice)]
     if len(same) == 1:
         return same[0]
-    if re.match(rf"\(?[{letters}]\)?(?:, ?|,? (?:and|or) )\(?[{letters}](?:[).,;]|$)", place):
+    if re.match(rf"\(?[{letters}]\)?(?:, ?|,? (?:and|or) )\(?[{letters}](?:[).,;:?]|$)", place):
         return None  # 'A or C'
     texts = {key: re.escape(plain(choice)) for key, choice in choices.items()}
     named = [key for key, text in texts.items() if re.search(rf"(?<!\w){text}(?!\w)", place)]
@@ -249,7 +230,8 @@ def read_choice(place: str, choices: dict[str, str]) -> str | None:
     if letter:
         return letter[1]
     letter = re.search(rf"\b(?i:option|choice|letter)\s([{letters}])\b", place)
-    letter = letter or re.search(rf"\b(?i:(?:option|choice|letter)\s([{letters}]))(?:\W|$)", place)
+    lower = rf"\b(?i:(?:option|choice|letter)\s\(?([{letters}]))(?:[).,:;]|$)"
+    letter = letter or re.search(lower, place)
     if letter:
         return letter[1].upper()
     return named[0] if len(named) == 1 else None
@@ -259,7 +241,7 @@ def choice_in(text: str, choices: dict[str, str]) -> str | None:
     """The choice that prose settles on: the last one said to be right, or else named."""
     text = NOT.sub(" ", text.replace('"', "").replace("`", ""))
     letter = rf"(?<!\w)\(?[{''.join(choices)}]\)?"
-    text = re.sub(rf"{letter}(?:, ?{letter})*,? or {letter}(?!\w)", " ", text)  # 'A or B'
+    text = re.sub(rf"{letter}(?:, ?{letter}){{0,8}},? or {letter}(?!\w)", " ", text)  # 'A or B'
     one, around = f"([{''.join(choices)}])", r"[^\w\n]*"  # on one line: else time is quadratic
     sure = "".join(key for key in choices if key != "A")  # 'is A' may begin 'is A train'
     strong = (

@@ -15,7 +15,8 @@ NUMBER = re.compile(
       | \s? \* \s? 10 \s? \^ \s? \{? (?P<power> -?\d{1,3} ) (?!\d) \}?
       | [eE] (?P<exponent> [-+]?\d{1,3} ) (?!\d) )?  # 3 digits: 10**999999999 would not end
     (?: (?P<percent> \s? (?: % | per\s?cent\b ) )
-      | \s (?P<scale> hundred | thousand | million | billion | trillion ) \b )?""",
+      | \s (?P<scale> hundred | thousand | million | billion | trillion ) \b
+        (?! -\w | \s dollar\s bill ) )?""",
     re.VERBOSE | re.IGNORECASE,
 )
 FRACTION = re.compile(
@@ -82,9 +83,16 @@ def readings(text: str) -> frozenset[Value]:
     return frozenset([number, number / 100 if match["percent"] else number])
 
 
+def near(a: Value, b: Value, tolerance: float) -> bool:
+    try:
+        return abs(a - b) <= tolerance * min(1, abs(b))
+    except OverflowError:  # one is irrational, the other larger than any float
+        return False
+
+
 NO_UNIT = r"(?!\s*(?:hundred|thousand|million|billion|trillion|per ?cent)\b)"
-SHORT = r"[mck]m|k?g|m[gl]|ft|lbs?|oz|mph|[ap]m|hrs?|min|sec|th|st|nd|rd|deg"  # 3xy has no unit
-UNIT = re.compile(
+SHORT = r"[mck]m|k?g|m[gl]|in|ft|yds?|lbs?|oz|mph|[ap]m|hrs?|yrs?|min|sec|th|st|nd|rd|deg"
+UNIT = re.compile(  # 3xy has none
     rf"(?<=[\d)}}!%])(?: {NO_UNIT}(?:[a-zA-Z]{{2,20}}|[hmsgl]\b)|[a-zA-Z]{{4,20}}|(?:{SHORT})\b)"
     r"(?: [a-zA-Z]{2,20}){0,3}(?: ?/ ?[a-zA-Z]{1,20})?(?:\^\{?-?\d\}?)?$"
 )

@@ -21,7 +21,11 @@ FENCED = re.compile(
 )
 PYTHON = ("python", "python3", "py")
 # A program; what follows it may show how it is called, or test it.
-WHOLE = re.compile(r"(?m)^\s*(?:async )?(?:def (?!test)|class (?!Test))|\binput\(|\bstdin\b")
+WHOLE = re.compile(
+    r"^[ \t]*(?:(?:async )?def (?!test|setUp|run_tests|check\(|main\()|class (?!Test)|return\b)"
+    r"|\binput\(|\bstdin\b",
+    re.MULTILINE,
+)
 
 
 def with_tests(tests: str, before: str = "") -> str:

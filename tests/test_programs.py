@@ -28,6 +28,8 @@ ADD, READS = "def add(a, b):\n    return a + b", "print(add(1, int(input())))"
         (f"```python\n{ADD}\n```\n```python\ndef test():\n    assert add(1, 1) == 2\n```", ADD),
         (f"```python\n{ADD}\n```\nso\n```python\nprint(add(1, int(input())))\n```", READS),
         (f"```\n{ADD}\n```", ADD),
+        (f"```python\n{ADD}\n```\n```python\ndef main():\n    add(1, 1)\n\nmain()\n```", ADD),
+        ("```python\n    return a + b\n```\nso\n```python\nadd(1, 1)\n```", "    return a + b"),
         (f"``` Python 3\n{ADD}\n```", ADD),
         (f"```python\n{ADD}", ADD),  # cut by the length
         (f"1. So:\n   ```python\n   {ADD.replace(chr(10), chr(10) + '   ')}\n   ```", ADD),
