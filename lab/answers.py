@@ -1,8 +1,9 @@
 r"""What a text gives as its answer.
 
 An answer is the content of the last \boxed{}; else what stands in a last line '#### 18'; else what
-follows 'the answer is', '"answer":' or '<answer>'; else the last value in the text. Every pattern
-is bounded, or reads a text from which runs of spaces are gone: time grows as the text does.
+follows 'the answer is', '"answer":' or '<answer>'; else the last value in the text, in LaTeX the
+formula that it is in (lab/formulas.py). Every pattern is bounded, or reads a text from which runs
+of spaces are gone: time grows as the text does.
 """
 
 import re
