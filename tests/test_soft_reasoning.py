@@ -237,6 +237,9 @@ def test_it_stops_when_nothing_more_is_expected_or_gained_or_after_the_rounds(ti
 
     record = bowl(*tiny_model, settings(rounds=3, stop_threshold=0))
     assert (record["stopped_by"], record["rounds"]) == ("rounds", 3)
+    # Nothing is chosen, or expected, after the last round.
+    record = bowl(*tiny_model, settings(rounds=1, stop_threshold=5))
+    assert (record["stopped_by"], record["rounds"]) == ("rounds", 1)
     record = bowl(*tiny_model, settings(rounds=9, stop_threshold=5))
     stopped = record["stopped_by"], record["rounds"], len(record["points"])
     assert stopped == ("ei", 1, 5)
@@ -362,6 +365,17 @@ def test_a_question_of_ones_own_reads_the_last_number_and_counts_equal_answers()
 def test_more_dimensions_than_the_embedding_has_are_refused_from_python(tiny_model):
     with pytest.raises(UserError, match="larger than the embedding"):
         list(reason(*tiny_model, [Question("q")], Settings()))
+
+
+def test_what_fits_in_memory_is_asked_for_prompts_that_hold_the_candidates(tiny_model):
+    model, tokenizer = tiny_model
+    asked = []
+    model.planner = lambda model, rows, prompt, new: asked.append((rows, prompt, new)) or rows
+    settings = Settings(k=3, rounds=1, dimension=8, max_new_tokens=7)
+    questions = [Question("q"), Question("a longer one")]
+    list(reason(model, tokenizer, questions, settings, batch_size=5))
+    longest = len(tokenizer.encode(tokenizer.open("a longer one")))
+    assert asked == [(5, longest + 3 * 7, 7)]
 
 
 # ----------------------------------------------------------------- one after another, or in a batch
