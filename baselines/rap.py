@@ -75,8 +75,7 @@ def select(root: Node, w: float) -> list[Node]:
     """The path from the root to a state without children that has the largest UCT at every step."""
     path = [root]
     while path[-1].children:
-        parent = path[-1]
-        path.append(max(parent.children, key=lambda child: child.uct(parent, w)))
+        path.append(max(path[-1].children, key=lambda child: child.uct(path[-1], w)))
     return path
 
 
@@ -199,9 +198,10 @@ class Steps:
         every, device = range(model.config.vocab_size), model.device
         one = tokenizer.encode("a")  # before each: some decoders strip a space that comes first
         texts = tokenizer.core.decode_batch([[*one, i] for i in every], skip_special_tokens=False)
+        texts = [text[len(tokenizer.decode(one)) :] for text in texts]
 
         def table(holds: Callable[[str], bool]) -> Tensor:  # of each token, [V]
-            return torch.tensor([holds(text[1:]) for text in texts], device=device)
+            return torch.tensor([holds(text) for text in texts], device=device)
 
         self.line = table(lambda text: "\n" in text)
         self.sentence = table(lambda text: text.rstrip().endswith((".", "!", "?")))

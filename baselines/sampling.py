@@ -129,7 +129,8 @@ def margin(tokenizer: Tokenizer, q: Question, outcome: Outcome) -> float:
     if not answer:
         return 0.0
     one = tokenizer.encode("a")  # before each: some decoders strip a space that comes first
-    pieces = [tokenizer.decode([*one, i])[1:] for i in outcome.ids]
+    skip = len(tokenizer.decode(one))
+    pieces = [tokenizer.decode([*one, i])[skip:] for i in outcome.ids]
     case = re.IGNORECASE if len(answer) > 1 else 0  # a choice A is no article
     # Over everything, where a character of the last line is spread over tokens.
     patterns = rf"(?<![\w.-]){re.escape(answer)}(?!\w|\.\d)", re.escape(last_line), "(?s).+"

@@ -170,9 +170,10 @@ def answer(args: argparse.Namespace, settings: type, run: Callable, view: type) 
     for i in sorted(keys.keys() - set(todo)):
         said = done[keys[i]]["answer_text"] or done[keys[i]]["thought_text"]
         print(f"--- sample {i}, as {args.output} holds it\n{said}")
+    records = [done[key] for key in keys.values() if key in done]
     if not todo:
         if args.html:
-            page.write(args.html, list(done.values()))
+            page.write(args.html, records)
         return
     # The bundled models know their own stories only; others are told the form of the answer.
     bundled = Path(TINY).parent in Path(args.model).resolve().parents
@@ -182,7 +183,6 @@ def answer(args: argparse.Namespace, settings: type, run: Callable, view: type) 
     watch = view(tokenizer, s) if len(todo) == 1 else None
     options = {"settings": s, "seed": args.seed, "batch_size": rows, "watch": watch}
     options |= view.arguments(asked, todo, args)
-    records = list(done.values())
     for _, record in run(model, tokenizer, **options):
         records.append(about | record | {"settings": kept})
         if output:

@@ -64,7 +64,8 @@ class Trained:
     tokenizer: Tokenizer
     name: str  # of the model
     file: str  # digest
-    kind: tuple  # of the training: what, but for its seed, made the file
+    seed: int  # of the training
+    kind: tuple  # what else made the file
 
 
 def read(
@@ -108,7 +109,7 @@ def read(
     n, settings = int(there["thoughts"]), json.loads(there["settings"])
     own = {key: value for key, value in settings.items() if key != "seed"}
     kind = json.dumps(own), is_lora, name, there["task"], there["data"], there["start"]
-    about = tensors, is_lora, model, tokenizer, name, digest(path), kind
+    about = tensors, is_lora, model, tokenizer, name, digest(path), settings["seed"], kind
     return Trained(there["method"], n, settings["c"], *about)
 
 
@@ -151,7 +152,7 @@ def score(
     for it in files:
         count[it.method] += 1
         row = it.method + (f" #{count[it.method]}" if several[it.method] > 1 else "")
-        same.setdefault(it.kind, []).append(row)
+        same.setdefault(it.kind, {})[row] = it.seed
         own = {"model": it.name, "trained": it.file, "thoughts": it.n}
         own |= {"device": it.model.device.type, "dtype": str(it.model.embed.weight.dtype)[6:]}
         own |= {"max_new_tokens": args.max_new_tokens, "batch_size": args.batch_size}
@@ -159,13 +160,14 @@ def score(
     result, records = results.run(problems, task, solvers, 1, args.output, args.json)
     if args.html:
         page.write(args.html, list(records.values()))
-    if all(len(rows) == 1 for rows in same.values()):
+    same = {kind: rows for kind, rows in same.items() if len({*rows.values()}) == len(rows) > 1}
+    if not same:
         return
     print("\naccuracy, mean ± standard deviation over trainings that differ in their seed")
     result["trainings"] = {}
     for rows in same.values():
         each = [row["accuracy"] for row in result["methods"] if row["method"] in rows]
-        spread, kind = stdev(each) if len(each) > 1 else 0.0, ", ".join(rows)
+        spread, kind = stdev(each), ", ".join(rows)
         result["trainings"][kind] = {"accuracies": each, "mean": mean(each), "std": spread}
         print(f"{kind}: {mean(each):.1%} ± {100 * spread:.1f} ({len(rows)})")
     if args.json:

@@ -40,15 +40,15 @@ def grouped(named: dict[str, list[dict]]) -> tuple[list[str], list[Entry]]:
         said = ", ".join(name or "single questions" for name in sorted(found))
         raise UserError(f"{' and '.join(named)}: mixed tasks ({said}): one page for each, please")
     files_of: dict[str, set] = {}
-    facts: dict[str, list] = {}
+    facts: dict[str, tuple] = {}
     for file, records in named.items():
         for record in records:
             files_of.setdefault(record["method"], set()).add(file)
             name = Entry(record, 0, 0).problem
             fact = [record["question"], record.get("gold"), record.get("choices")]
-            if facts.setdefault(name, fact) != fact:
-                other = "is another problem there than in another of these files"
-                raise UserError(f"{file}: {name} {other}: one page for each, please")
+            known, other = facts.setdefault(name, (fact, file))
+            if known != fact:
+                raise UserError(f"{file}: {name} is another problem there than in {other} before")
     stems = {file: Path(file).stem for file in named}
     if len(set(stems.values())) < len(stems):
         stems = {file: file for file in named}

@@ -22,10 +22,11 @@ FENCED = re.compile(
 PYTHON = ("python", "python3", "py")
 # A program; what follows it may show how it is called, or test it.
 WHOLE = re.compile(
-    r"^[ \t]*(?:(?:async )?def (?!test|setUp|run_tests|check\(|main\()|class (?!Test)|return\b)"
-    r"|\binput\(|\bstdin\b",
+    r"^[ \t]*(?:async )?def (?!test|setUp|run_tests|check\(|main\()|^[ \t]*class (?!Test)"
+    r"|^\w+ *= *lambda\b|\binput\(|\bstdin\b|\bopen\(0\b",
     re.MULTILINE,
 )
+BODY = re.compile(r"^[ \t]+return\b", re.MULTILINE)  # of a function
 
 
 def with_tests(tests: str, before: str = "") -> str:
@@ -49,7 +50,8 @@ def program(text: str) -> str | None:
     """
     blocks = [(language.lower(), indent, code) for indent, language, code in FENCED.findall(text)]
     blocks = [block for block in blocks if block[0] in PYTHON] or blocks
-    blocks = [block for block in blocks if WHOLE.search(block[2])] or blocks
+    whole = [[block for block in blocks if what.search(block[2])] for what in (WHOLE, BODY)]
+    blocks = whole[0] or whole[1] or blocks
     if blocks:
         _, indent, code = blocks[-1]
         # A block in a list is indented as its fence is; a function's body keeps what it has more.

@@ -54,9 +54,9 @@ def plain_row(row: dict) -> tuple:
     """
     question, tests = row["question"], row.get("tests")
     if tests is not None:
-        tests = tests if isinstance(tests, str) else "\n".join(tests)
+        tests = "\n".join(tests) if isinstance(tests, list) else tests
         if not tests.strip() or HERE in tests:
-            raise ValueError("'tests' are no program that could fail")
+            raise ValueError(f"'tests' are empty, or hold the line {HERE!r}")
     answer = row["answer"] if tests is None else with_tests(tests)
     steps = row.get("steps", row.get("facts", row.get("thought")))
     return question, answer, row.get("choices"), steps

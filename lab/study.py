@@ -35,7 +35,7 @@ def compare(records: dict, methods: list[str], problems: list, task: Any, seeds:
             asked = [problem for problem, _ in pairs]
             accuracy, tokens, capped = matched(of["soft"], of[method], asked, task, by)
             low, high = tables.wilson(accuracy, len(problems))  # seeds are not independent
-            few = "its --num-samples were too few for as many"
+            few = f"its --num-samples were too few for as many {by}"
             short = f"; on {capped} of {len(pairs)} {few}" if capped else ""
             print(
                 f"{method}, on each question no more {by} than soft: {accuracy:.1%} "

@@ -220,7 +220,11 @@ def test_several_trainings_of_a_method_are_summed_up(tmp_path, problems_file, ca
     capsys.readouterr()
     assert main("eval", "--trained", ",".join([*files, str(path)]), *few) == 0
     said = capsys.readouterr().out.splitlines()
-    assert [line.split(": ")[0] for line in said[-2:]] == ["no-cot #1, no-cot #2", "no-cot #3"]
+    assert said[-1].startswith("no-cot #1, no-cot #2: ") and "standard deviation" in said[-2]
+    # Nor is the same one, or its last step beside its best.
+    for other in (files[0], files[0].replace("coconut.", "last.")):
+        assert main("eval", "--trained", f"{files[0]},{other}", *few) == 0
+        assert "standard deviation" not in capsys.readouterr().out
 
 
 def test_what_is_best_is_of_the_last_stage(tmp_path, problems_file, monkeypatch):

@@ -50,6 +50,24 @@ def test_programs_are_read(text, expected):
     assert program(text) == extract(text, "code") == expected
 
 
+@pytest.mark.parametrize(
+    "last, is_program",
+    [
+        ("x = open(0).read()", True),
+        ("x = list(sys.stdin)", True),
+        ("add = lambda a, b: 0", True),
+        ("class A:\n    x = 1", True),
+        ("class TestAdd:\n    x = 1", False),
+        ("def test():\n    return add(1, 1) == 2", False),
+        ("def check(f):\n    f(1, 1)", False),
+        ("    return a + b", False),
+    ],
+)
+def test_the_last_block_that_is_a_program_counts(last, is_program):
+    found = program(f"```python\n{ADD}\n```\nand\n```python\n{last}\n```")
+    assert found == (last if is_program else ADD)
+
+
 def test_the_program_is_what_is_said_after_the_thought_or_else_anywhere():
     problem = Problem("x", "q", with_tests("assert add(1, 2) == 3"), "code")
     block = f"```python\n{ADD}\n```"
@@ -208,6 +226,6 @@ def test_tests_of_a_users_own_data_are_one_text_or_several_and_can_fail(tmp_path
     for tests in ("assert add(1, 1) == 2", ["assert add(1, 1) == 2", "assert add(1, 2) == 3"]):
         gold = loaded(tests).answer
         assert grade(ADD, gold, "code") and not grade("def add(a, b): return 1", gold, "code")
-    for tests in ("", " \n", [], [7], 7, f"x\n{HERE}\ny"):
+    for tests in ("", " \n", [], [7], 7, {"a": 1}, f"x\n{HERE}\ny"):
         with pytest.raises(UserError, match=r"^.*data.jsonl, line 1: [^\n]*$"):
             loaded(tests)

@@ -363,6 +363,7 @@ def test_every_program_writes_a_page_of_its_run(runs, tmp_path):
         out.unlink()
     out, file = tmp_path / "one.html", ["--output", str(tmp_path / "one.jsonl")]
     asked = ["--question", "Anna has 2 eggs. She buys 3 eggs.", "--html", str(out), "--trace"]
+    assert think(["--question", "Another one.", "--trace", *file]) == 0
     for _ in range(2):  # the second time the file has the answer
         assert think([*asked, *file]) == 0
         html = Page(out.read_text(encoding="utf-8"))

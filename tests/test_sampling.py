@@ -147,6 +147,22 @@ def test_spaces_are_found_where_a_decoder_strips_the_first(tmp_path):
     assert steps.sentence.nonzero().tolist() == [[8]]
 
 
+def test_spaces_are_found_where_a_tokenizer_puts_one_before_a_text(tiny_model, tmp_path):
+    """ByteLevel with add_prefix_space: what is decoded behind "a" begins with " a"."""
+    _, tokenizer = tiny_model
+    core = tokenizers.Tokenizer.from_str(tokenizer.core.to_str())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=False)
+    core.save(str(tmp_path / "tokenizer.json"))
+    prefixed = Tokenizer(tmp_path)
+    assert prefixed.decode(prefixed.encode("a")) == " a"
+    ids = tokenizer.encode("so 42.")
+    outcome = Outcome("so 42.", ids, [1.0] * 6, [0.0, 0.0, 0.0, 1.0, 1.0, 0.0])
+    assert margin(prefixed, tasks.ask_number("q"), outcome) == 1.0
+    model = SimpleNamespace(config=SimpleNamespace(eos_ids=(257,), vocab_size=272), device="cpu")
+    one, other = (rap.Steps(model, 1, t) for t in (tokenizer, prefixed))
+    assert one.space.any() and torch.equal(one.space, other.space)
+
+
 def asked_and_found(start, model, tokenizer, settings, texts, margins=()):
     """What a search asks for, and its record where each outcome is given."""
     searching, outcomes = start(model, tokenizer, tasks.ask_number("q"), settings, 5), []

@@ -425,6 +425,7 @@ def test_training_yields_before_each_update_and_can_be_stopped_and_gone_on_with(
     [
         ({"lr": 0.0}, "lr must be above 0, not 0.0"),
         ({"thoughts": 0}, "thoughts must be at least 1, not 0"),
+        ({"seed": -1}, "seed must be at least 0, not -1"),
         ({"dropout": 1.0}, "dropout must be at least 0 and below 1, not 1.0"),
     ],
 )
