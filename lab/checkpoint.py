@@ -253,7 +253,7 @@ def check_weights(folder: Path, config: Config) -> None:
                 f"{folder} has only pickle weights ({pickles[0]}): refused, since a pickle can "
                 "run any code; use a safetensors copy"
             )
-        raise UserError(f"{folder} has no *.safetensors weights")
+        raise UserError(f"{folder} has no *.safetensors weights: download them, or name another")
     shapes = {}
     for path in plain.weight_paths(folder):
         try:

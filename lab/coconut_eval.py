@@ -22,6 +22,7 @@ from lab.identity import identified
 from lab.results import Job
 from lab.tables import aligned
 from lab.tasks import Problem
+from lab.traces import Names
 from lab.trained import check_made_for, digest, identity, read_tensors
 from model import Tokenizer, Transformer, UserError, check_prompt, split_thought
 
@@ -129,6 +130,7 @@ def score(
     def solver(it: Trained) -> Callable:
         def solve(jobs: list[Job]) -> Iterator[tuple[Problem, int, dict]]:
             decode, eos = it.tokenizer.decode, it.model.config.eos_ids
+            name = Names(it.tokenizer).name
             prompts = [it.tokenizer.open(tasks.prompt(p, task)) for p, _ in jobs]
             questions = [it.tokenizer.encode(prompt) for prompt in prompts]
             for (p, _), ids in zip(jobs, questions):
@@ -141,7 +143,7 @@ def score(
                 ):
                     thought, text = split_thought(decode([t for t in said if t not in eos]))
                     record = {"prompt": prompts[i], "thought_text": thought, "answer_text": text}
-                    record |= {"thoughts": [decode([t]) for t in names], "thought_tokens": it.n}
+                    record |= {"thoughts": [name(t) for t in names], "thought_tokens": it.n}
                     record |= {"answer_tokens": len(said), "seconds": output.seconds}
                     yield *jobs[i], record | {"not_finite": int(not output.finite)}
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lab import protocols, study, tables, tasks
 from lab.timing import peak_memory
+from lab.traces import Names
 from model import Tokenizer, Transformer, UserError
 
 FIRST = "model question task data protocol limit shard run-generated-code methods seed"
@@ -74,7 +75,7 @@ class Thought:
 
     def __init__(self, tokenizer: Tokenizer, s: Any):
         self.tokenizer, self.out, self.was_thinking = tokenizer, sys.stdout, True
-        self.mixtures = s.method == "soft"
+        self.mixtures, self.names = s.method == "soft", Names(tokenizer)
         colour = self.out.isatty() and not os.environ.get("NO_COLOR")
         self.dim, self.bold, self.plain = ["\x1b[2m", "\x1b[1m", "\x1b[0m"] if colour else [""] * 3
         self.stream = DecodeStream(skip_special_tokens=True)
@@ -92,7 +93,7 @@ class Thought:
         pairs = zip(ct.tolist(), ids.tolist()) if phase == 0 and self.mixtures else ()
         others = [(p, i) for p, i in pairs if p >= self.MATTERS and i != int(token)]
         if others:
-            said = [f"{self.tokenizer.decode([i])!r} {p:.2f}" for p, i in sorted(others)[::-1]]
+            said = [f"{self.names.name(i)!r} {p:.2f}" for p, i in sorted(others)[::-1]]
             self.out.write(f"{self.dim}[{', '.join(said)}]{self.plain}")
         self.out.flush()
 

@@ -22,6 +22,7 @@ from lab.folder import locked
 from lab.identity import identified
 from lab.replica import Replica
 from lab.softcot_variants import METHODS, Answering, variants
+from lab.traces import Names
 from lab.trained import BEST, identity, kept_hidden
 from lab.training import Trainer
 from model import UserError, check_prompt
@@ -291,7 +292,7 @@ def answer(
     thoughts = method.think_one(*soft.assistant, soft.trained, tasks.prompt(problem, task), soft.n)
     measures = "norm in mean embedding norms, nearest tokens and the cosine of the angle to them"
     print(f"\nsoft thoughts: {measures}")
-    name = lambda token: tokenizer.decode([token])
+    name = Names(tokenizer).name
     print("\n".join(soft_thoughts.lines(soft_thoughts.measured(model, thoughts), name)))
     if gold:
         print(f"\nthe right answer is {gold}")
