@@ -198,10 +198,10 @@ class Steps:
         every, device = range(model.config.vocab_size), model.device
         one = tokenizer.encode("a")  # before each: some decoders strip a space that comes first
         texts = tokenizer.core.decode_batch([[*one, i] for i in every], skip_special_tokens=False)
-        texts = [text[len(tokenizer.decode(one)) :] for text in texts]
+        skip = len(tokenizer.decode(one))
 
         def table(holds: Callable[[str], bool]) -> Tensor:  # of each token, [V]
-            return torch.tensor([holds(text) for text in texts], device=device)
+            return torch.tensor([holds(text[skip:]) for text in texts], device=device)
 
         self.line = table(lambda text: "\n" in text)
         self.sentence = table(lambda text: text.rstrip().endswith((".", "!", "?")))
